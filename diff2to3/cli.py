@@ -1,0 +1,56 @@
+"""The ``diff2to3`` command. Each subcommand lives in ``diff2to3/commands/`` and is imported only when called."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from diff2to3 import __version__
+from diff2to3.errors import InputError, MissingDependencyError
+
+#: name -> one line of help. The module is diff2to3.commands.<name>.
+COMMANDS = {
+    "doctor": "show what is built and found on this machine, and how to add what is missing",
+}
+
+EXIT_BAD_INPUT = 2
+
+
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser, with the arguments of the one subcommand that ``argv`` names (the others stay unimported)."""
+    parser = argparse.ArgumentParser(prog="diff2to3", description="One photo in, a 3DGS asset out.")
+    parser.add_argument("--version", action="version", version=f"diff2to3 {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, help_line in COMMANDS.items():
+        if name != chosen:
+            commands.add_parser(name, help=help_line, add_help=False)
+            continue
+        module = importlib.import_module(f"diff2to3.commands.{name}")
+        sub = commands.add_parser(
+            name,
+            help=help_line,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (2 for bad input, with one line on stderr)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser(argv).parse_args(argv)
+    try:
+        return int(args.run(args))
+    except (InputError, MissingDependencyError) as error:
+        print(f"diff2to3 {args.command}: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"diff2to3 {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

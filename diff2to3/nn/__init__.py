@@ -1,0 +1,1 @@
+"""Layers shared by the stages: sparse convolution, attention, modulation, position embeddings."""

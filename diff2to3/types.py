@@ -1,0 +1,236 @@
+"""The three containers that stages hand to each other. Axes, units and frames are those of the README.
+
+    Views         images with cameras                 assets -> voxels, losses, evaluation
+    SparseVoxels  features on the active voxels        voxels -> VAE -> flow
+    Gaussians     activated 3D Gaussian parameters     VAE -> renderer, files
+
+All are frozen: a stage makes a new one (``dataclasses.replace``) and never edits what it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T", bound="_TensorContainer")
+
+
+def _check(name: str, tensor: Tensor, shape: Sequence[int | None], *, integer: bool = False) -> None:
+    """Raise ValueError naming ``name`` unless ``tensor`` has ``shape`` (None matches any size) and kind."""
+    fits = tensor.ndim == len(shape) and all(w is None or s == w for s, w in zip(tensor.shape, shape, strict=True))
+    if not fits:
+        want = ", ".join("?" if w is None else str(w) for w in shape)
+        raise ValueError(f"{name}: expected shape [{want}], got {list(tensor.shape)}")
+    if integer and tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: expected int32 or int64, got {tensor.dtype}")
+    if not integer and not tensor.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
+
+
+@dataclass(frozen=True)
+class _TensorContainer:
+    def to(self: T, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> T:
+        """Copy to ``device``; ``dtype`` applies to floating-point tensors only."""
+        changes: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changes[field.name] = value.to(device, dtype if value.is_floating_point() else None)
+        return replace(self, **changes)
+
+    def detach(self: T) -> T:
+        """The same values without gradient history."""
+        changes = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.detach() for k, v in changes.items() if isinstance(v, Tensor)})
+
+
+@dataclass(frozen=True)
+class Views(_TensorContainer):
+    """V images of one object with their cameras.
+
+    images    [V, H, W, 3]  sRGB-encoded, in [0, 1], straight alpha
+    alphas    [V, H, W]     coverage in [0, 1]
+    viewmats  [V, 4, 4]     world -> camera, OpenCV axes (x right, y down, z forward)
+    Ks        [V, 3, 3]     intrinsics in pixels; the centre of the top-left pixel is (0.5, 0.5)
+    depths    [V, H, W]     z in the camera frame in object units; 0 where nothing is seen. Optional
+    """
+
+    images: Tensor
+    alphas: Tensor
+    viewmats: Tensor
+    Ks: Tensor
+    depths: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check("images", self.images, (None, None, None, 3))
+        v, h, w, _ = self.images.shape
+        _check("alphas", self.alphas, (v, h, w))
+        _check("viewmats", self.viewmats, (v, 4, 4))
+        _check("Ks", self.Ks, (v, 3, 3))
+        if self.depths is not None:
+            _check("depths", self.depths, (v, h, w))
+
+    def __len__(self) -> int:
+        return int(self.images.shape[0])
+
+    @property
+    def height(self) -> int:
+        return int(self.images.shape[1])
+
+    @property
+    def width(self) -> int:
+        return int(self.images.shape[2])
+
+    def select(self, index: Tensor | Sequence[int]) -> Views:
+        """The views at ``index``, in that order."""
+        picked = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Views(**{k: None if v is None else v[index] for k, v in picked.items()})
+
+    def composite(self, background: Tensor | float) -> Tensor:
+        """Images over ``background`` (a number or [3]), in the sRGB encoding: [V, H, W, 3]."""
+        a = self.alphas[..., None]
+        return self.images * a + (1 - a) * background
+
+
+@dataclass(frozen=True)
+class SparseVoxels(_TensorContainer):
+    """Features on the active voxels of a batch of R³ grids.
+
+    coords      int32 [N, 4]   (batch, x, y, z), sorted by batch, no duplicates; 0 <= x, y, z < resolution
+    feats       [N, C]
+    resolution  R; the centre of index i is (i + 0.5)/R - 0.5
+    cu_seqlens  int32 [B + 1]  rows of batch item b are cu_seqlens[b]:cu_seqlens[b+1]
+
+    Build with :meth:`from_coords` to have ``cu_seqlens`` counted and everything checked.
+    """
+
+    coords: Tensor
+    feats: Tensor
+    resolution: int
+    cu_seqlens: Tensor
+
+    def __post_init__(self) -> None:
+        _check("coords", self.coords, (None, 4), integer=True)
+        _check("feats", self.feats, (self.coords.shape[0], None))
+        _check("cu_seqlens", self.cu_seqlens, (None,), integer=True)
+        if self.resolution < 1:
+            raise ValueError(f"resolution: expected a positive number, got {self.resolution}")
+
+    @staticmethod
+    def from_coords(
+        coords: Tensor, feats: Tensor, resolution: int, batch_size: int | None = None
+    ) -> SparseVoxels:
+        """Check and pack. Raises ValueError for coordinates outside the grid, unsorted batches or duplicates."""
+        _check("coords", coords, (None, 4), integer=True)
+        batch, xyz = coords[:, 0].long(), coords[:, 1:].long()
+        if batch_size is None:
+            batch_size = int(batch.max()) + 1 if len(batch) else 1
+        if len(coords):
+            if int(batch.min()) < 0 or int(batch.max()) >= batch_size:
+                raise ValueError(f"coords: batch indices must be in [0, {batch_size})")
+            if int(xyz.min()) < 0 or int(xyz.max()) >= resolution:
+                raise ValueError(
+                    f"coords: x, y, z must be in [0, {resolution}), "
+                    f"got {int(xyz.min())} to {int(xyz.max())}"
+                )
+            if bool((batch[1:] < batch[:-1]).any()):
+                raise ValueError("coords: rows must be sorted by batch index")
+            keys = ((batch * resolution + xyz[:, 0]) * resolution + xyz[:, 1]) * resolution + xyz[:, 2]
+            if len(torch.unique(keys)) != len(keys):
+                raise ValueError("coords: duplicate voxels")
+        counts = torch.bincount(batch, minlength=batch_size)
+        cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        return SparseVoxels(coords.to(torch.int32), feats, resolution, cu_seqlens)
+
+    @staticmethod
+    def cat(items: Sequence[SparseVoxels]) -> SparseVoxels:
+        """Batch several (each may already hold several); resolutions and channels must agree."""
+        if not items:
+            raise ValueError("items: expected at least one SparseVoxels")
+        if len({item.resolution for item in items}) != 1:
+            raise ValueError(f"items: resolutions differ: {[item.resolution for item in items]}")
+        coords, cu_seqlens = [], [items[0].cu_seqlens[:1]]
+        num_batches = num_voxels = 0
+        for item in items:
+            shift = torch.tensor([num_batches, 0, 0, 0], dtype=item.coords.dtype, device=item.coords.device)
+            coords.append(item.coords + shift)
+            cu_seqlens.append(item.cu_seqlens[1:] + num_voxels)
+            num_batches += item.batch_size
+            num_voxels += len(item)
+        feats = torch.cat([item.feats for item in items])
+        return SparseVoxels(torch.cat(coords), feats, items[0].resolution, torch.cat(cu_seqlens))
+
+    def __len__(self) -> int:
+        return int(self.coords.shape[0])
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.cu_seqlens.shape[0]) - 1
+
+    def with_feats(self, feats: Tensor) -> SparseVoxels:
+        """The same voxels with other features [N, C']."""
+        return replace(self, feats=feats)
+
+    def unbind(self) -> list[SparseVoxels]:
+        """One SparseVoxels a batch item, each with batch index 0."""
+        bounds = self.cu_seqlens.tolist()
+        items = []
+        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+            coords = self.coords[start:stop].clone()
+            coords[:, 0] = 0
+            ends = torch.tensor([0, stop - start], dtype=torch.int32, device=coords.device)
+            items.append(SparseVoxels(coords, self.feats[start:stop], self.resolution, ends))
+        return items
+
+    def centers(self) -> Tensor:
+        """Voxel centres in the object frame: [N, 3]."""
+        return (self.coords[:, 1:].to(self.feats.dtype) + 0.5) / self.resolution - 0.5
+
+
+@dataclass(frozen=True)
+class Gaussians(_TensorContainer):
+    """Activated 3D Gaussian parameters of one object, in the object frame.
+
+    means      [G, 3]
+    quats      [G, 4]     wxyz; normalised where they are used
+    scales     [G, 3]     standard deviations, > 0
+    opacities  [G]        in [0, 1]
+    sh         [G, K, 3]  spherical-harmonic coefficients, K = (degree + 1)²; colour = 0.5 + Σ Y_k sh_k, sRGB-encoded
+    """
+
+    means: Tensor
+    quats: Tensor
+    scales: Tensor
+    opacities: Tensor
+    sh: Tensor
+
+    def __post_init__(self) -> None:
+        _check("means", self.means, (None, 3))
+        g = self.means.shape[0]
+        _check("quats", self.quats, (g, 4))
+        _check("scales", self.scales, (g, 3))
+        _check("opacities", self.opacities, (g,))
+        _check("sh", self.sh, (g, None, 3))
+        if self.sh.shape[1] not in (1, 4, 9, 16):
+            raise ValueError(f"sh: expected 1, 4, 9 or 16 coefficients, got {self.sh.shape[1]}")
+
+    def __len__(self) -> int:
+        return int(self.means.shape[0])
+
+    @property
+    def sh_degree(self) -> int:
+        return {1: 0, 4: 1, 9: 2, 16: 3}[int(self.sh.shape[1])]
+
+    @staticmethod
+    def cat(items: Sequence[Gaussians]) -> Gaussians:
+        """All Gaussians of ``items`` as one object; SH degrees must agree."""
+        if not items:
+            raise ValueError("items: expected at least one Gaussians")
+        if len({item.sh.shape[1] for item in items}) != 1:
+            raise ValueError(f"items: SH degrees differ: {[item.sh_degree for item in items]}")
+        names = [f.name for f in fields(Gaussians)]
+        return Gaussians(**{n: torch.cat([getattr(item, n) for item in items]) for n in names})

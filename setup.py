@@ -1,0 +1,65 @@
+"""Builds the CPU kernels with the system's C++ compiler while the package is built.
+
+All project metadata is in pyproject.toml. This file only adds what that format cannot say: the folder
+``kernels/`` is installed as ``diff2to3.kernels``, and its C++ sources are compiled into plain shared libraries
+(no PyTorch and no Python header, so one build serves every version of both).
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+
+def load_builder():
+    """Import kernels/build.py by path: the package around it needs torch, which is not here at build time."""
+    spec = importlib.util.spec_from_file_location("diff2to3_kernel_build", ROOT / "kernels" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class BuildWithKernels(build_py):
+    """build_py, then the compiled kernels beside the Python files (or in the checkout, for editable installs)."""
+
+    def run(self):
+        super().run()
+        builder = load_builder()
+        package = ROOT / "kernels" if self.editable_mode else Path(self.build_lib) / "diff2to3" / "kernels"
+        try:
+            builder.build_cpu(package / "_lib")
+        except builder.BuildError as error:
+            # The PyTorch reference still runs, so a missing compiler must not stop the installation.
+            print(f"diff2to3: CPU kernels not built: {error}", file=sys.stderr)
+
+
+class PlatformWheel(bdist_wheel):
+    """The libraries depend on the platform, but on no Python version: tag py3-none-<platform>."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+class BinaryDistribution(Distribution):
+    def has_ext_modules(self):
+        return True
+
+
+packages = find_packages(ROOT, include=["diff2to3", "diff2to3.*"])
+setup(
+    packages=[*packages, "diff2to3.kernels"],
+    package_dir={"diff2to3": "diff2to3", "diff2to3.kernels": "kernels"},
+    package_data={"diff2to3.kernels": ["csrc/*.h", "csrc/*/*"], "diff2to3": ["py.typed"]},
+    cmdclass={"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel},
+    distclass=BinaryDistribution,
+)
