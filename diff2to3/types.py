@@ -1,5 +1,6 @@
-"""The three containers that stages hand to each other. Axes, units and frames are those of the README.
+"""The containers that stages hand to each other. Axes, units and frames are those of the README.
 
+    Mesh          triangles with materials             assets -> views, voxels
     Views         images with cameras                 assets -> voxels, losses, evaluation
     SparseVoxels  features on the active voxels        voxels -> VAE -> flow
     Gaussians     activated 3D Gaussian parameters     VAE -> renderer, files
@@ -10,18 +11,23 @@ All are frozen: a stage makes a new one (``dataclasses.replace``) and never edit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 T = TypeVar("T", bound="_TensorContainer")
+V = TypeVar("V", bound="Views")
 
 
 def _check(name: str, tensor: Tensor, shape: Sequence[int | None], *, integer: bool = False) -> None:
     """Raise ValueError naming ``name`` unless ``tensor`` has ``shape`` (None matches any size) and kind."""
-    fits = tensor.ndim == len(shape) and all(w is None or s == w for s, w in zip(tensor.shape, shape, strict=True))
+    fits = tensor.ndim == len(shape) and all(
+        w is None or s == w for s, w in zip(tensor.shape, shape, strict=True)
+    )
     if not fits:
         want = ", ".join("?" if w is None else str(w) for w in shape)
         raise ValueError(f"{name}: expected shape [{want}], got {list(tensor.shape)}")
@@ -36,10 +42,10 @@ class _TensorContainer:
     def to(self: T, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> T:
         """Copy to ``device``; ``dtype`` applies to floating-point tensors only."""
         changes: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for f in fields(self):
+            value = getattr(self, f.name)
             if isinstance(value, Tensor):
-                changes[field.name] = value.to(device, dtype if value.is_floating_point() else None)
+                changes[f.name] = value.to(device, dtype if value.is_floating_point() else None)
         return replace(self, **changes)
 
     def detach(self: T) -> T:
@@ -85,10 +91,10 @@ class Views(_TensorContainer):
     def width(self) -> int:
         return int(self.images.shape[2])
 
-    def select(self, index: Tensor | Sequence[int]) -> Views:
+    def select(self: V, index: Tensor | Sequence[int]) -> V:
         """The views at ``index``, in that order."""
         picked = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Views(**{k: None if v is None else v[index] for k, v in picked.items()})
+        return replace(self, **{k: v[index] if isinstance(v, Tensor) else v for k, v in picked.items()})
 
     def composite(self, background: Tensor | float) -> Tensor:
         """Images over ``background`` (a number or [3]), in the sRGB encoding: [V, H, W, 3]."""
@@ -124,7 +130,7 @@ class SparseVoxels(_TensorContainer):
     def from_coords(
         coords: Tensor, feats: Tensor, resolution: int, batch_size: int | None = None
     ) -> SparseVoxels:
-        """Check and pack. Raises ValueError for coordinates outside the grid, unsorted batches or duplicates."""
+        """Check and pack. Raises ValueError for coordinates off the grid, unsorted batches or duplicates."""
         _check("coords", coords, (None, 4), integer=True)
         batch, xyz = coords[:, 0].long(), coords[:, 1:].long()
         if batch_size is None:
@@ -134,8 +140,7 @@ class SparseVoxels(_TensorContainer):
                 raise ValueError(f"coords: batch indices must be in [0, {batch_size})")
             if int(xyz.min()) < 0 or int(xyz.max()) >= resolution:
                 raise ValueError(
-                    f"coords: x, y, z must be in [0, {resolution}), "
-                    f"got {int(xyz.min())} to {int(xyz.max())}"
+                    f"coords: x, y, z must be in [0, {resolution}), got {int(xyz.min())} to {int(xyz.max())}"
                 )
             if bool((batch[1:] < batch[:-1]).any()):
                 raise ValueError("coords: rows must be sorted by batch index")
@@ -179,7 +184,7 @@ class SparseVoxels(_TensorContainer):
         """One SparseVoxels a batch item, each with batch index 0."""
         bounds = self.cu_seqlens.tolist()
         items = []
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in pairwise(bounds):
             coords = self.coords[start:stop].clone()
             coords[:, 0] = 0
             ends = torch.tensor([0, stop - start], dtype=torch.int32, device=coords.device)
@@ -199,7 +204,7 @@ class Gaussians(_TensorContainer):
     quats      [G, 4]     wxyz; normalised where they are used
     scales     [G, 3]     standard deviations, > 0
     opacities  [G]        in [0, 1]
-    sh         [G, K, 3]  spherical-harmonic coefficients, K = (degree + 1)²; colour = 0.5 + Σ Y_k sh_k, sRGB-encoded
+    sh         [G, K, 3]  spherical harmonics, K = (degree + 1)²; colour = 0.5 + Σ Y_k sh_k, sRGB-encoded
     """
 
     means: Tensor
@@ -234,3 +239,128 @@ class Gaussians(_TensorContainer):
             raise ValueError(f"items: SH degrees differ: {[item.sh_degree for item in items]}")
         names = [f.name for f in fields(Gaussians)]
         return Gaussians(**{n: torch.cat([getattr(item, n) for item in items]) for n in names})
+
+
+def _check_array(name: str, array: np.ndarray, shape: Sequence[int | None], dtype: type) -> None:
+    fits = array.ndim == len(shape) and all(
+        w is None or s == w for s, w in zip(array.shape, shape, strict=True)
+    )
+    if not fits or array.dtype != dtype:
+        want = ", ".join("?" if w is None else str(w) for w in shape)
+        have = f"{array.dtype} {list(array.shape)}"
+        raise ValueError(f"{name}: expected {np.dtype(dtype).name} [{want}], got {have}")
+
+
+@dataclass(frozen=True, eq=False)
+class Texture:
+    """An image with the sampler it is read through.
+
+    pixels      uint8 [H, W, 4]  sRGB-encoded colour, linear alpha; uv (0, 0) is the outer corner of pixel [0, 0]
+    wrap        (u, v): each "repeat", "mirror" or "clamp"
+    mag_filter  "linear" or "nearest"
+    min_filter  "linear" or "nearest", within a level
+    mip_filter  "linear" or "nearest" between levels, or "none" for the full image only
+    """
+
+    pixels: np.ndarray
+    wrap: tuple[str, str] = ("repeat", "repeat")
+    mag_filter: str = "linear"
+    min_filter: str = "linear"
+    mip_filter: str = "linear"
+
+    def __post_init__(self) -> None:
+        _check_array("pixels", self.pixels, (None, None, 4), np.uint8)
+        for name, value, known in (
+            ("wrap", self.wrap[0], ("repeat", "mirror", "clamp")),
+            ("wrap", self.wrap[1], ("repeat", "mirror", "clamp")),
+            ("mag_filter", self.mag_filter, ("linear", "nearest")),
+            ("min_filter", self.min_filter, ("linear", "nearest")),
+            ("mip_filter", self.mip_filter, ("linear", "nearest", "none")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """How a surface is coloured: factor x texture x vertex colour, plus emission; factors are linear.
+
+    base_color_factor    linear RGBA
+    base_color_texture   None for a plain colour
+    emissive_factor      linear RGB, may exceed 1
+    alpha_mode           "OPAQUE", "MASK" (visible where alpha >= alpha_cutoff) or "BLEND"
+    double_sided         False: a face is seen only from the side from which it winds counter-clockwise
+    unlit                True: the colour is shown as it is, under any light
+    """
+
+    name: str = ""
+    base_color_factor: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    base_color_texture: Texture | None = None
+    emissive_factor: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    emissive_texture: Texture | None = None
+    alpha_mode: str = "OPAQUE"
+    alpha_cutoff: float = 0.5
+    double_sided: bool = False
+    unlit: bool = False
+
+    def __post_init__(self) -> None:
+        if self.alpha_mode not in ("OPAQUE", "MASK", "BLEND"):
+            raise ValueError(f"alpha_mode: expected OPAQUE, MASK or BLEND, got {self.alpha_mode!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Mesh:
+    """One asset as a flat list of triangles in the object frame. Arrays are numpy, on the CPU.
+
+    vertices      float32 [P, 3]   object frame: z up, bounding box centred, longest side 1
+    faces         int32 [F, 3]     counter-clockwise seen from outside
+    material_ids  int32 [F]        rows of ``materials``
+    materials     M >= 1
+    normals       float32 [P, 3]   unit shading normals, or None for flat shading
+    uvs           float32 [P, 2]   texture coordinates, v down; None where no material has a texture
+    colors        float32 [P, 4]   linear RGBA vertex colours, or None for white
+    transform     float64 [4, 4]   file coordinates -> object frame
+    notes         what the file has and this container does not carry, one line each
+    """
+
+    vertices: np.ndarray
+    faces: np.ndarray
+    material_ids: np.ndarray
+    materials: tuple[Material, ...]
+    normals: np.ndarray | None = None
+    uvs: np.ndarray | None = None
+    colors: np.ndarray | None = None
+    transform: np.ndarray = field(default_factory=lambda: np.eye(4))
+    name: str = ""
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_array("vertices", self.vertices, (None, 3), np.float32)
+        _check_array("faces", self.faces, (None, 3), np.int32)
+        _check_array("material_ids", self.material_ids, (len(self.faces),), np.int32)
+        _check_array("transform", self.transform, (4, 4), np.float64)
+        p = len(self.vertices)
+        for name, array, width in (
+            ("normals", self.normals, 3),
+            ("uvs", self.uvs, 2),
+            ("colors", self.colors, 4),
+        ):
+            if array is not None:
+                _check_array(name, array, (p, width), np.float32)
+        if not self.materials:
+            raise ValueError("materials: expected at least one")
+        for name, index, bound in (
+            ("faces", self.faces, p),
+            ("material_ids", self.material_ids, len(self.materials)),
+        ):
+            if index.size and (int(index.min()) < 0 or int(index.max()) >= bound):
+                raise ValueError(f"{name}: indices must be in [0, {bound})")
+
+    @property
+    def num_faces(self) -> int:
+        return len(self.faces)
+
+    @property
+    def triangles(self) -> np.ndarray:
+        """Corner positions: float32 [F, 3, 3] (face, corner, xyz)."""
+        return np.asarray(self.vertices[self.faces])
