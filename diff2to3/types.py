@@ -255,7 +255,7 @@ def _check_array(name: str, array: np.ndarray, shape: Sequence[int | None], dtyp
 class Texture:
     """An image with the sampler it is read through.
 
-    pixels      uint8 [H, W, 4]  sRGB-encoded colour, linear alpha; uv (0, 0) is the outer corner of pixel [0, 0]
+    pixels      uint8 [H, W, 4]  sRGB-encoded colour, linear alpha; uv (0, 0) is the corner of pixel [0, 0]
     wrap        (u, v): each "repeat", "mirror" or "clamp"
     mag_filter  "linear" or "nearest"
     min_filter  "linear" or "nearest", within a level
