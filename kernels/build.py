@@ -1,23 +1,29 @@
-"""Compiles the kernels. Used by setup.py (CPU part) and at first use (either part, into a per-user cache).
+"""Compiles the kernels. Used by setup.py and, where that found no compiler, at first use into a per-user cache.
 
 Imports only the standard library, because setup.py loads it where torch is not installed.
 
-The result is a set of plain shared libraries with a C interface:
+A *part* is what is compiled and loaded together, into a folder of its own:
 
-    _lib/cpu_baseline.so   runs everywhere; also reports what the CPU can do
-    _lib/cpu_avx2.so       the same sources compiled for AVX2 + FMA        (x86-64)
-    _lib/cpu_avx512.so     the same sources compiled for AVX-512           (x86-64)
-    cuda_sm90.so           the CUDA sources, for one compute capability
+    cpu/         cpu_baseline.so   runs everywhere; also reports what the CPU can do
+                 cpu_avx2.so       the same sources compiled for AVX2 + FMA        (x86-64)
+                 cpu_avx512.so     the same sources compiled for AVX-512           (x86-64)
+    cuda_sm90/   cuda.so           the CUDA sources, for one compute capability
+
+A folder appears under its name only when it is complete, and its ``manifest.json`` says which sources it was
+compiled from, so a half-written, outdated or damaged folder is never used.
 
     python -m diff2to3.kernels.build          rebuild the CPU part in place
-    python -m diff2to3.kernels.build --cuda   compile the CUDA part for every architecture nvcc offers, and check
-                                              that there are no warnings and no spills where none are allowed
+    python -m diff2to3.kernels.build --check  compile both parts with every warning on; the CUDA part for every
+                                              architecture nvcc offers, without spills where none are allowed
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
+import importlib.util
+import json
 import os
 import platform
 import re
@@ -25,23 +31,28 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
 
 #: Never -ffast-math: it lets the compiler reorder the range reduction of the vector exponential.
-CPU_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+CPU_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+#: Compute capabilities that --check compiles for: A100, H100/H200, B200, RTX 50.
 CUDA_ARCHS = (80, 90, 100, 120)
 
-#: Kernels that must keep everything in registers (DESIGN: the blending kernels at degree 0).
+#: Kernels that must keep everything in registers (the blending kernels at degree 0).
 NO_SPILL_KERNELS = re.compile(r"blend_(forward|backward)")
 
 
 class BuildError(RuntimeError):
     """A compiler is missing or failed; the message carries its output."""
+
+
+# ---- compilers and flags --------------------------------------------------------------------------------------
 
 
 def cpu_variants() -> dict[str, list[str]]:
@@ -62,116 +73,264 @@ def find_compiler() -> str:
     for name in ("c++", "g++", "clang++"):
         if path := shutil.which(name):
             return path
-    raise BuildError("no C++ compiler found (looked for c++, g++, clang++); on Debian or Ubuntu: apt install g++")
+    raise BuildError(f"no C++ compiler found (looked for c++, g++, clang++); add one with: {compiler_hint()}")
+
+
+def compiler_hint() -> str:
+    """The one line that adds a C++ compiler."""
+    if sys.platform == "darwin":
+        return "xcode-select --install"
+    if sys.platform == "win32":
+        return "winget install LLVM.LLVM"
+    return "apt install g++   (or the g++ package of your distribution)"
 
 
 def find_nvcc() -> str:
-    """nvcc from PATH or the usual place."""
-    for path in (shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
+    """nvcc from PATH, from the toolkit's usual folder, or from NVIDIA's packages on PyPI."""
+    candidates = [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc", *pip_nvcc()]
+    for path in candidates:
         if path and Path(path).exists():
             return path
-    raise BuildError("nvcc not found; install the CUDA toolkit and put its bin folder on PATH")
+    raise BuildError(f"nvcc not found; add it with: {nvcc_hint()}")
 
 
-def source_hash() -> str:
-    """Fingerprint of every source file, so that a cache never serves a library of other sources."""
-    digest = hashlib.sha256()
-    for path in [Path(__file__), *sorted(SOURCES.rglob("*"))]:
-        if path.is_file():
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+def pip_nvcc() -> Iterator[str]:
+    """Where the wheels nvidia-cuda-nvcc etc. put the compiler."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        yield from sorted((str(path) for path in Path(folder).glob("cu*/bin/nvcc")), reverse=True)
 
 
-def cache_dir() -> Path:
-    """Where first-use builds go; one folder per source fingerprint and platform."""
-    base = Path.home() / (".cache" if sys.platform != "win32" else "AppData/Local")
-    return base / "diff2to3" / f"kernels-{source_hash()}-{platform.machine()}"
+def nvcc_hint() -> str:
+    """The one line that adds nvcc."""
+    return 'pip install "diff2to3[nvcc]"'
 
 
 def run(command: Sequence[str]) -> str:
     """Run a compiler; returns what it printed. Raises BuildError with that output if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     output = done.stdout + done.stderr
     if done.returncode != 0:
         raise BuildError(f"{' '.join(command)}\n{output}")
     return output
 
 
-def compile_variant(compiler: str, variant: str, flags: Sequence[str], out_dir: Path) -> Path:
-    """Compile all CPU sources for one instruction set and move the library into place in one step."""
-    target = out_dir / f"cpu_{variant}{library_suffix()}"
-    with tempfile.TemporaryDirectory(dir=out_dir) as scratch:
-        objects = []
-        for source in sorted((SOURCES / "cpu").glob("*.cpp")):
-            objects.append(str(Path(scratch) / f"{source.stem}.o"))
-            command = [compiler, *CPU_FLAGS, *flags, f"-I{SOURCES}", "-c", str(source), "-o", objects[-1]]
-            warnings = run(command)
-            if warnings:
-                print(warnings, file=sys.stderr)
-        library = Path(scratch) / target.name
-        run([compiler, "-shared", "-pthread", *objects, "-o", str(library)])
-        os.replace(library, target)
-    return target
+def version_of(compiler: str) -> str:
+    """The line of ``compiler --version`` that has the number."""
+    try:
+        lines = run([compiler, "--version"]).splitlines()
+    except (BuildError, OSError):
+        return "unknown version"
+    return next((line for line in lines if "release" in line), lines[0] if lines else "unknown version")
 
 
-def build_cpu(out_dir: Path, variants: Sequence[str] | None = None) -> list[Path]:
-    """Compile the CPU kernels into ``out_dir``, one library per instruction set."""
-    compiler = find_compiler()
-    out_dir.mkdir(parents=True, exist_ok=True)
-    wanted = {name: f for name, f in cpu_variants().items() if variants is None or name in variants}
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        jobs = [pool.submit(compile_variant, compiler, name, flags, out_dir) for name, flags in wanted.items()]
-        built = [job.result() for job in jobs]
-    # Written last: a build folder without it is incomplete and is not used.
-    (out_dir / "source_hash").write_text(source_hash())
-    return built
+def num_jobs() -> int:
+    """CPUs that this process may use (fewer than the machine has, inside a container)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def compile_cuda(out_dir: Path, archs: Sequence[int], extra: Sequence[str] = ()) -> tuple[Path, str]:
-    """Compile the CUDA kernels for compute capabilities such as 80 or 90; returns the library and nvcc's output."""
-    nvcc = find_nvcc()
-    out_dir.mkdir(parents=True, exist_ok=True)
-    target = out_dir / f"cuda_{'_'.join(f'sm{a}' for a in archs)}{library_suffix()}"
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    sources = [str(path) for path in sorted((SOURCES / "cuda").glob("*.cu"))]
-    with tempfile.TemporaryDirectory(dir=out_dir) as scratch:
-        library = Path(scratch) / target.name
-        threads = ["--threads=0"]
-        output = run([nvcc, *CUDA_FLAGS, *extra, *threads, *codes, f"-I{SOURCES}", "-shared", *sources, "-o", str(library)])
-        os.replace(library, target)
-    return target, output
+# ---- folders of compiled libraries ----------------------------------------------------------------------------
 
 
-def check_cuda(archs: Sequence[int] = CUDA_ARCHS) -> list[str]:
-    """Compile the CUDA part with every warning on; returns what is wrong: warnings, and spills where forbidden."""
-    known = run([find_nvcc(), "--list-gpu-code"])
-    archs = [a for a in archs if f"sm_{a}" in known]
+@functools.cache
+def source_hash(part: str) -> str:
+    """Fingerprint of the sources and flags of one part, so that no folder ever serves other sources."""
+    kind = part.split("_")[0]
+    files = [
+        *SOURCES.glob("*.h"),
+        *(p for p in (SOURCES / kind).glob("*") if p.suffix in (".h", ".cpp", ".cu")),
+    ]
+    flags = [CPU_FLAGS, cpu_variants()] if kind == "cpu" else [CUDA_FLAGS]
+    digest = hashlib.sha256(repr(flags).encode())
+    for path in sorted(files):
+        digest.update(path.relative_to(SOURCES).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def is_current(folder: Path, part: str) -> bool:
+    """Whether ``folder`` holds a finished build of exactly these sources, with every file at its full size."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        files: dict[str, int] = manifest["files"]
+        return bool(
+            manifest["sources"] == source_hash(part)
+            and files
+            and all((folder / name).stat().st_size == size for name, size in files.items())
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+@contextmanager
+def new_folder(folder: Path, part: str, compiler: str) -> Iterator[Path]:
+    """A scratch folder that takes the name ``folder`` if the block ends well, and otherwise leaves no trace.
+
+    What stood at ``folder`` before is replaced. If another process finishes the same build first, its result stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        fresh = Path(scratch) / "new"
+        fresh.mkdir()
+        yield fresh
+        files = {path.name: path.stat().st_size for path in sorted(fresh.iterdir())}
+        manifest = {"sources": source_hash(part), "compiler": version_of(compiler), "files": files}
+        (fresh / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        for attempt in range(3):
+            try:
+                if folder.exists():
+                    os.rename(folder, Path(scratch) / f"old{attempt}")
+                os.rename(fresh, folder)
+                return
+            except OSError:
+                if is_current(folder, part):
+                    return
+        raise BuildError(f"cannot put the compiled libraries at {folder}")
+
+
+# ---- compiling ------------------------------------------------------------------------------------------------
+
+
+def compile_objects(jobs: Sequence[tuple[Sequence[str], Path]]) -> str:
+    """Run (command, output) pairs in parallel, each adding ``-o output``; returns everything they printed."""
+    with ThreadPoolExecutor(max_workers=num_jobs()) as pool:
+        pending = [pool.submit(run, [*command, "-o", str(output)]) for command, output in jobs]
+        try:
+            return "".join(job.result() for job in pending)
+        except BuildError:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def build_cpu(folder: Path, compiler: str | None = None, extra: Sequence[str] = ()) -> str:
+    """Compile the CPU kernels into ``folder``, one library per instruction set; returns the compiler's warnings."""
+    compiler = compiler or find_compiler()
+    sources = sorted((SOURCES / "cpu").glob("*.cpp"))
+    position_independent = [] if sys.platform == "win32" else ["-fPIC", "-pthread"]
+    flags = [*CPU_FLAGS, *position_independent, *extra, f"-I{SOURCES}"]
+    link = [compiler, "-shared", *extra]
+    # A MinGW library must not depend on DLLs that only that compiler's folder has.
+    link += ["-static"] if sys.platform == "win32" and "clang" not in Path(compiler).name else []
+    with new_folder(folder, "cpu", compiler) as fresh, tempfile.TemporaryDirectory() as scratch:
+        objects = {
+            name: [Path(scratch) / f"{name}_{source.stem}.o" for source in sources] for name in cpu_variants()
+        }
+        jobs = [
+            ([compiler, *flags, *variant_flags, "-c", str(source)], output)
+            for name, variant_flags in cpu_variants().items()
+            for source, output in zip(sources, objects[name], strict=True)
+        ]
+        warnings = compile_objects(jobs)
+        for name, parts in objects.items():
+            library = fresh / f"cpu_{name}{library_suffix()}"
+            run(
+                [*link, *(["-pthread"] if position_independent else []), *map(str, parts), "-o", str(library)]
+            )
+    return warnings
+
+
+def build_cuda(folder: Path, capability: int, nvcc: str | None = None, extra: Sequence[str] = ()) -> str:
+    """Compile the CUDA kernels for one compute capability, 90 for example; returns what nvcc printed."""
+    nvcc = nvcc or find_nvcc()
+    with new_folder(folder, f"cuda_sm{capability}", nvcc) as fresh:
+        return compile_cuda(fresh / f"cuda{library_suffix()}", code_flags(nvcc, [capability]), nvcc, extra)
+
+
+def compile_cuda(library: Path, codes: Sequence[str], nvcc: str, extra: Sequence[str] = ()) -> str:
+    """Compile every CUDA source for the given ``-gencode`` flags into one shared library."""
+    flags = [*CUDA_FLAGS, *extra, *codes, f"-I{SOURCES}"]
     with tempfile.TemporaryDirectory() as scratch:
-        extra = ["-Xptxas=-v", "-Xcompiler=-Wall,-Wextra", "--display-error-number"]
-        _, output = compile_cuda(Path(scratch), archs, extra)
-    problems = [line for line in output.splitlines() if "warning" in line.lower()]
-    kernel = ""
+        sources = sorted((SOURCES / "cuda").glob("*.cu"))
+        objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
+        jobs = [
+            ([nvcc, *flags, "-c", str(source)], output)
+            for source, output in zip(sources, objects, strict=True)
+        ]
+        output = compile_objects(jobs)
+        return output + run([nvcc, *codes, "-shared", *map(str, objects), "-o", str(library)])
+
+
+def code_flags(nvcc: str, capabilities: Sequence[int]) -> list[str]:
+    """``-gencode`` flags. A GPU newer than ``nvcc`` gets the newest PTX it knows, which the driver translates."""
+    known = sorted(
+        int(number) for number in re.findall(r"^sm_(\d+)$", run([nvcc, "--list-gpu-code"]), re.MULTILINE)
+    )
+    flags = []
+    for wanted in capabilities:
+        older = [arch for arch in known if arch <= wanted]
+        if not older:
+            raise BuildError(f"{nvcc} no longer compiles for sm_{wanted}; an older CUDA toolkit does")
+        kind = "sm" if older[-1] == wanted else "compute"
+        flags.append(f"-gencode=arch=compute_{older[-1]},code={kind}_{older[-1]}")
+    return flags
+
+
+# ---- checks and the command -----------------------------------------------------------------------------------
+
+
+def check_cuda(capabilities: Sequence[int] = CUDA_ARCHS) -> list[str]:
+    """Compile the CUDA part with every warning on; returns what is wrong: warnings, and spills where forbidden."""
+    nvcc = find_nvcc()
+    known = run([nvcc, "--list-gpu-code"]).split()
+    archs = [arch for arch in capabilities if f"sm_{arch}" in known]
+    extra = [
+        "-Xptxas=-v",
+        "-Xcompiler=-Wall,-Wextra",
+        "--display-error-number",
+        "-Wno-deprecated-gpu-targets",
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        output = compile_cuda(Path(scratch) / f"cuda{library_suffix()}", code_flags(nvcc, archs), nvcc, extra)
+    names = ", ".join(f"sm_{arch}" for arch in archs)
+    problems = cuda_problems(output)
+    print(f"CUDA part: {version_of(nvcc)}, {names}: {len(problems)} problems")
+    return problems
+
+
+def cuda_problems(output: str) -> list[str]:
+    """Warnings in nvcc's output, and spills in the kernels that must not have any."""
+    problems, kernel = [], "?"
     for line in output.splitlines():
+        if "warning" in line.lower():
+            problems.append(line.strip())
         if found := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
             kernel = f"{found[1]} ({found[2]})"
         spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line)
         if spill and (int(spill[1]) or int(spill[2])) and NO_SPILL_KERNELS.search(kernel):
             problems.append(f"{kernel}: {line.strip()}")
-    print(f"CUDA kernels compiled for {', '.join(f'sm_{a}' for a in archs)}: {len(problems)} problems")
     return problems
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m diff2to3.kernels.build", description=__doc__.split("\n")[0])
-    parser.add_argument("--cuda", action="store_true", help="compile the CUDA part for every architecture and check it")
-    args = parser.parse_args()
+def check_cpu() -> list[str]:
+    """Compile the CPU part with every warning on; returns the warnings."""
+    compiler = find_compiler()
+    with tempfile.TemporaryDirectory() as scratch:
+        output = build_cpu(Path(scratch) / "cpu", compiler, ["-Wextra"])
+    problems = [line.strip() for line in output.splitlines() if "warning:" in line]
+    print(f"CPU part: {version_of(compiler)}, {', '.join(cpu_variants())}: {len(problems)} problems")
+    return problems
+
+
+def check(parts: Sequence[Callable[[], list[str]]]) -> int:
+    problems = [problem for part in parts for problem in part()]
+    print("\n".join(problems))
+    return 1 if problems else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m diff2to3.kernels.build", description="Compile the kernels."
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="only check for warnings and spills; keep nothing"
+    )
+    parser.add_argument("--no-cuda", action="store_true", help="with --check: leave the CUDA part out")
+    args = parser.parse_args(argv)
     try:
-        if args.cuda:
-            problems = check_cuda()
-            print("\n".join(problems))
-            return 1 if problems else 0
-        for path in build_cpu(Path(__file__).resolve().parent / "_lib"):
-            print(path)
+        if args.check:
+            return check([check_cpu] if args.no_cuda else [check_cpu, check_cuda])
+        folder = Path(__file__).resolve().parent / "_lib" / "cpu"
+        print(build_cpu(folder), end="")
+        print(folder)
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1

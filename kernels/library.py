@@ -12,89 +12,117 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from . import build
+from . import build, cache
 
 BACKENDS = ("auto", "native", "reference")
 
 Argument = Tensor | int | float | None
+T = TypeVar("T")
+
+#: Negative results of the C functions.
+FAILURES = {-1: "out of memory", -2: "too many items for 32-bit indices", -3: "CUDA error"}
+
+#: Instruction sets, best first, with the level that d23_cpu_level must report at least.
+CPU_LEVELS = (("avx512", 2), ("avx2", 1), ("baseline", 0))
 
 
 class KernelError(RuntimeError):
     """A compiled kernel reported a failure."""
 
 
+# ---- loading --------------------------------------------------------------------------------------------------
+
+
 @functools.cache
 def cpu_library() -> ctypes.CDLL | None:
-    """The CPU kernels for the best instruction set of this machine, or None if they cannot be built.
-
-    Looks beside this file first (pip install built them there), then in the user's cache, and builds into that
-    cache as a last resort.
-    """
-    beside = Path(__file__).resolve().parent / "_lib"
-    for folder in (beside, build.cache_dir()):
-        if folder_is_current(folder):
-            return load_best_variant(folder)
-    try:
-        print("diff2to3: compiling the CPU kernels (once, under a minute)", file=sys.stderr)
-        build.build_cpu(build.cache_dir())
-    except (build.BuildError, OSError) as error:
-        print(f"diff2to3: CPU kernels not built, the slow reference runs instead: {error}", file=sys.stderr)
-        return None
-    return load_best_variant(build.cache_dir())
-
-
-def folder_is_current(folder: Path) -> bool:
-    """Whether ``folder`` holds a finished build of exactly these sources."""
-    stamp = folder / "source_hash"
-    return stamp.exists() and stamp.read_text() == build.source_hash()
-
-
-def load_best_variant(folder: Path) -> ctypes.CDLL:
-    """Load the fastest variant in ``folder`` that this CPU runs."""
-    suffix = build.library_suffix()
-    baseline = ctypes.CDLL(str(folder / f"cpu_baseline{suffix}"))
-    baseline.d23_cpu_level.restype = ctypes.c_int64
-    level = baseline.d23_cpu_level()
-    for name, needed in (("avx512", 2), ("avx2", 1)):
-        path = folder / f"cpu_{name}{suffix}"
-        if level >= needed and path.exists():
-            return ctypes.CDLL(str(path))
-    return baseline
+    """The CPU kernels for the best instruction set of this machine, or None if they cannot be built."""
+    return find_or_build("cpu", load_cpu, build.build_cpu)
 
 
 @functools.cache
 def cuda_library(capability: int) -> ctypes.CDLL | None:
     """The CUDA kernels for one compute capability (for example 90), built at first use; None without nvcc."""
-    path = build.cache_dir() / f"cuda_sm{capability}{build.library_suffix()}"
-    if not path.exists():
+    return find_or_build(
+        f"cuda_sm{capability}", load_cuda, lambda folder: build.build_cuda(folder, capability)
+    )
+
+
+def find_or_build(part: str, load: Callable[[Path], T], compile_into: Callable[[Path], object]) -> T | None:
+    """Load ``part`` from where it is, or compile it. None, after one line on stderr, if neither works."""
+    damaged: set[Path] = set()
+    for folder in cache.existing(part):
         try:
-            print(f"diff2to3: compiling the CUDA kernels for sm_{capability} (once)", file=sys.stderr)
-            build.compile_cuda(path.parent, [capability])
-        except (build.BuildError, OSError) as error:
-            print(f"diff2to3: CUDA kernels not built, the slow reference runs instead: {error}", file=sys.stderr)
-            return None
-    return ctypes.CDLL(str(path))
+            return load(folder)
+        except (OSError, AttributeError) as error:  # damaged on disk, or built for another machine
+            print(f"diff2to3: {folder} cannot be loaded: {error}", file=sys.stderr)
+            damaged.add(folder)
+    try:
+        return load(cache.compile_once(part, compile_into, damaged))
+    except (build.BuildError, OSError, AttributeError) as error:
+        reason = str(error).strip().splitlines()
+        shown = " ".join(reason[:1] + [line for line in reason[1:] if "error" in line][:1])
+        print(f"diff2to3: no {part} kernels, the slow reference runs instead: {shown}", file=sys.stderr)
+        return None
+
+
+def load_cpu(folder: Path, variant: str | None = None) -> ctypes.CDLL:
+    """Load one instruction-set variant from ``folder``, by default the fastest that this CPU runs."""
+    if variant is None:
+        variant = runnable_variants(folder)[0]
+    return ctypes.CDLL(str(folder / f"cpu_{variant}{build.library_suffix()}"))
+
+
+def runnable_variants(folder: Path) -> list[str]:
+    """The variants in ``folder`` that this CPU runs, fastest first."""
+    baseline = load_cpu(folder, "baseline")
+    baseline.d23_cpu_level.restype = ctypes.c_int64
+    level = baseline.d23_cpu_level()
+    suffix = build.library_suffix()
+    return [
+        name for name, least in CPU_LEVELS if level >= least and (folder / f"cpu_{name}{suffix}").exists()
+    ]
+
+
+def load_cuda(folder: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(folder / f"cuda{build.library_suffix()}"))
+
+
+def variant_name() -> str:
+    """The CPU's instruction set in use: ``avx512``, ``avx2``, ``baseline`` or ``none``."""
+    library = cpu_library()
+    return "none" if library is None else Path(library._name).stem.removeprefix("cpu_")
+
+
+# ---- choosing -------------------------------------------------------------------------------------------------
+
+
+def target(device: torch.device) -> str | None:
+    """Which kernel sources serve tensors on ``device``: ``cpu``, ``cuda`` or None (MPS, ROCm, …).
+
+    An op whose arguments differ between the two asks this, not ``device.type``: the tests that run the CUDA
+    sources on an emulator answer ``cuda`` for tensors in ordinary memory.
+    """
+    if device.type == "cpu":
+        return "cpu"
+    return "cuda" if device.type == "cuda" and torch.version.hip is None else None
 
 
 def library_for(device: torch.device) -> ctypes.CDLL | None:
     """The compiled kernels for ``device``; None where there are none (MPS, or nothing could be built)."""
-    if device.type == "cpu":
+    kind = target(device)
+    if kind == "cpu":
         return cpu_library()
-    if device.type == "cuda":
+    if kind == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return cuda_library(10 * major + minor)
     return None
-
-
-def variant_name() -> str:
-    """The instruction set in use: ``avx512``, ``avx2``, ``baseline`` or ``none``."""
-    library = cpu_library()
-    return "none" if library is None else Path(library._name).stem.removeprefix("cpu_")
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -103,14 +131,17 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":
         return "reference"
-    supported = dtype in (torch.float32, torch.float64) if device.type == "cpu" else dtype == torch.float32
-    available = supported and library_for(device) is not None
+    supported = (torch.float32, torch.float64) if target(device) == "cpu" else (torch.float32,)
+    available = dtype in supported and library_for(device) is not None
     if backend == "native" and not available:
         raise RuntimeError(
             f"backend 'native' has no kernel for {dtype} on {device.type}; run 'diff2to3 doctor' to see what is "
             "missing, or use backend='reference'"
         )
     return "native" if available else "reference"
+
+
+# ---- calling --------------------------------------------------------------------------------------------------
 
 
 def call(name: str, *args: Argument, device: torch.device) -> int:
@@ -129,22 +160,27 @@ def call(name: str, *args: Argument, device: torch.device) -> int:
         with torch.cuda.device(device):
             stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
             result = function(*converted, stream)
+    elif target(device) == "cuda":  # the emulator has one stream
+        result = function(*converted, ctypes.c_void_p(None))
     else:
         result = function(*converted, ctypes.c_int64(torch.get_num_threads()))
     if result < 0:
-        raise KernelError(f"{name}: {FAILURES.get(result, 'failed')} (code {result})")
+        raise KernelError(f"{name}: {failure_text(library, result)}")
     return int(result)
 
 
-#: Negative results of the C functions.
-FAILURES = {-1: "out of memory", -2: "too many items for 32-bit indices", -3: "CUDA error"}
+def scratch(name: str, *args: Argument, device: torch.device) -> Tensor:
+    """Uninitialised memory of the size that ``d23_<name>_scratch_bytes`` asks for: uint8 [bytes]."""
+    return torch.empty(call(f"{name}_scratch_bytes", *args, device=device), dtype=torch.uint8, device=device)
 
 
-def convert(arg: Argument, name: str, device: torch.device) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double:
+def convert(
+    arg: Argument, name: str, device: torch.device
+) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double:
     if arg is None:
         return ctypes.c_void_p(None)
     if isinstance(arg, Tensor):
-        if arg.device != device and arg.device.type != device.type:
+        if arg.device.type != device.type or (device.index is not None and arg.device != device):
             raise KernelError(f"{name}: expected tensors on {device}, got one on {arg.device}")
         if not arg.is_contiguous():
             raise KernelError(f"{name}: tensors must be contiguous")
@@ -152,3 +188,11 @@ def convert(arg: Argument, name: str, device: torch.device) -> ctypes.c_void_p |
     if isinstance(arg, float):
         return ctypes.c_double(arg)
     return ctypes.c_int64(int(arg))
+
+
+def failure_text(library: ctypes.CDLL, result: int) -> str:
+    text = f"{FAILURES.get(result, 'failed')} (code {result})"
+    if result == -3:
+        library.d23_cuda_error_text.restype = ctypes.c_char_p
+        text += f": {library.d23_cuda_error_text().decode()}"
+    return text
