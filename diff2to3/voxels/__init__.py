@@ -1,0 +1,2 @@
+"""Meshes and views in, features on active voxels out: voxelisation, image encoders, aggregation over
+views."""
