@@ -1,12 +1,12 @@
 """Compiles the kernels while the package is built: the CPU part always, the CUDA part where it has a use.
 
 All project metadata is in pyproject.toml. This file only adds what that format cannot say: the folder
-``kernels/`` is installed as ``diff2to3.kernels``, and its C++ sources are compiled into plain shared libraries
-(no PyTorch and no Python header, so one build serves every version of both).
+``kernels/`` is installed as ``diff2to3.kernels``, and its C++ sources are compiled into plain shared
+libraries (no PyTorch and no Python header, so one build serves every version of both).
 
 The CUDA part is compiled here if nvcc is there and either a GPU is, or DIFF2TO3_CUDA_ARCHS names the compute
-capabilities to compile for ("80 90", for images built on a machine without a GPU). Otherwise it is compiled at
-first use.
+capabilities to compile for ("80 90", for images built on a machine without a GPU). Otherwise it is compiled
+at first use.
 """
 
 import importlib.util
@@ -57,7 +57,7 @@ class FreshBuild(build):
 
 
 class BuildWithKernels(build_py):
-    """build_py, then the compiled kernels beside the Python files (or in the checkout, for editable installs)."""
+    """build_py, then the compiled kernels beside the Python files (in the checkout if editable)."""
 
     def run(self):
         super().run()
@@ -96,6 +96,7 @@ setup(
     packages=[*packages, "diff2to3.kernels"],
     package_dir={"diff2to3": "diff2to3", "diff2to3.kernels": "kernels"},
     package_data={"diff2to3.kernels": ["csrc/*.h", "csrc/*/*"], "diff2to3": ["py.typed"]},
+    include_package_data=False,
     cmdclass={"build": FreshBuild, "build_py": BuildWithKernels, "bdist_wheel": PlatformWheel},
     distclass=BinaryDistribution,
 )

@@ -1,4 +1,4 @@
-"""Compiles the kernels. Used by setup.py and, where that found no compiler, at first use into a per-user cache.
+"""Compiles the kernels: for setup.py, and where that found no compiler, at first use into a per-user cache.
 
 Imports only the standard library, because setup.py loads it where torch is not installed.
 
@@ -13,8 +13,8 @@ A folder appears under its name only when it is complete, and its ``manifest.jso
 compiled from, so a half-written, outdated or damaged folder is never used.
 
     python -m diff2to3.kernels.build          rebuild the CPU part in place
-    python -m diff2to3.kernels.build --check  compile both parts with every warning on; the CUDA part for every
-                                              architecture nvcc offers, without spills where none are allowed
+    python -m diff2to3.kernels.build --check  compile both parts with every warning on; the CUDA part for
+                                              every architecture, without spills where none are allowed
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class BuildError(RuntimeError):
     """A compiler is missing or failed; the message carries its output."""
 
 
-# ---- compilers and flags --------------------------------------------------------------------------------------
+# ---- compilers and flags ----
 
 
 def cpu_variants() -> dict[str, list[str]]:
@@ -129,7 +129,7 @@ def num_jobs() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# ---- folders of compiled libraries ----------------------------------------------------------------------------
+# ---- folders of compiled libraries ----
 
 
 @functools.cache
@@ -148,7 +148,7 @@ def source_hash(part: str) -> str:
 
 
 def is_current(folder: Path, part: str) -> bool:
-    """Whether ``folder`` holds a finished build of exactly these sources, with every file at its full size."""
+    """Whether ``folder`` holds a finished build of exactly these sources, every file at its full size."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         files: dict[str, int] = manifest["files"]
@@ -165,7 +165,7 @@ def is_current(folder: Path, part: str) -> bool:
 def new_folder(folder: Path, part: str, compiler: str) -> Iterator[Path]:
     """A scratch folder that takes the name ``folder`` if the block ends well, and otherwise leaves no trace.
 
-    What stood at ``folder`` before is replaced. If another process finishes the same build first, its result stays.
+    What stood at ``folder`` is replaced. If another process puts the same build there first, that one stays.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
@@ -187,7 +187,7 @@ def new_folder(folder: Path, part: str, compiler: str) -> Iterator[Path]:
         raise BuildError(f"cannot put the compiled libraries at {folder}")
 
 
-# ---- compiling ------------------------------------------------------------------------------------------------
+# ---- compiling ----
 
 
 def compile_objects(jobs: Sequence[tuple[Sequence[str], Path]]) -> str:
@@ -202,7 +202,7 @@ def compile_objects(jobs: Sequence[tuple[Sequence[str], Path]]) -> str:
 
 
 def build_cpu(folder: Path, compiler: str | None = None, extra: Sequence[str] = ()) -> str:
-    """Compile the CPU kernels into ``folder``, one library per instruction set; returns the compiler's warnings."""
+    """Compile the CPU kernels into ``folder``, one library per instruction set; returns warnings."""
     compiler = compiler or find_compiler()
     sources = sorted((SOURCES / "cpu").glob("*.cpp"))
     position_independent = [] if sys.platform == "win32" else ["-fPIC", "-pthread"]
@@ -250,7 +250,7 @@ def compile_cuda(library: Path, codes: Sequence[str], nvcc: str, extra: Sequence
 
 
 def code_flags(nvcc: str, capabilities: Sequence[int]) -> list[str]:
-    """``-gencode`` flags. A GPU newer than ``nvcc`` gets the newest PTX it knows, which the driver translates."""
+    """``-gencode`` flags. A GPU newer than ``nvcc`` gets the newest PTX it knows; the driver translates."""
     known = sorted(
         int(number) for number in re.findall(r"^sm_(\d+)$", run([nvcc, "--list-gpu-code"]), re.MULTILINE)
     )
@@ -264,11 +264,11 @@ def code_flags(nvcc: str, capabilities: Sequence[int]) -> list[str]:
     return flags
 
 
-# ---- checks and the command -----------------------------------------------------------------------------------
+# ---- checks and the command ----
 
 
 def check_cuda(capabilities: Sequence[int] = CUDA_ARCHS) -> list[str]:
-    """Compile the CUDA part with every warning on; returns what is wrong: warnings, and spills where forbidden."""
+    """Compile the CUDA part with every warning on; returns warnings, and spills where none are allowed."""
     nvcc = find_nvcc()
     known = run([nvcc, "--list-gpu-code"]).split()
     archs = [arch for arch in capabilities if f"sm_{arch}" in known]

@@ -1,7 +1,7 @@
-"""Finds the folder with a part's compiled libraries, and compiles it into a per-user cache where there is none.
+"""Finds the folder with a part's compiled libraries, or compiles it into a per-user cache.
 
-Order: beside this package (``pip install`` put it there), the user's cache, a private folder under the system's
-temporary directory. The last one serves users without a writable home.
+Order: beside this package (``pip install`` put it there), the user's cache, a private folder under the
+system's temporary directory. The last one serves users without a writable home.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def cache_roots() -> list[Path]:
 
 
 def platform_name() -> str:
-    """Machine and C library: a home folder may be shared by machines that cannot load each other's libraries."""
+    """Machine and C library: a home may be shared by machines that cannot load each other's libraries."""
     libc = ""
     if hasattr(os, "confstr") and "CS_GNU_LIBC_VERSION" in os.confstr_names:
         libc = (os.confstr("CS_GNU_LIBC_VERSION") or "").replace(" ", "")
@@ -88,7 +88,7 @@ def writable_root() -> Path:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock on the file ``path``, waiting for other processes; without effect where locks do not work."""
+    """Hold a lock on the file ``path``, waiting for other processes; no effect where locks do not work."""
     with open(path, "a+b") as file:
         try:
             import fcntl

@@ -1,4 +1,4 @@
-"""Loads the compiled kernels and calls them. The C interface knows only pointers, 64-bit integers and doubles.
+"""Loads the compiled kernels and calls them. The C interface knows only pointers, int64 and doubles.
 
 Which backend an op uses is an argument, never a setting that something else reads:
 
@@ -37,7 +37,7 @@ class KernelError(RuntimeError):
     """A compiled kernel reported a failure."""
 
 
-# ---- loading --------------------------------------------------------------------------------------------------
+# ---- loading ----
 
 
 @functools.cache
@@ -100,7 +100,7 @@ def variant_name() -> str:
     return "none" if library is None else Path(library._name).stem.removeprefix("cpu_")
 
 
-# ---- choosing -------------------------------------------------------------------------------------------------
+# ---- choosing ----
 
 
 def target(device: torch.device) -> str | None:
@@ -135,20 +135,21 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     available = dtype in supported and library_for(device) is not None
     if backend == "native" and not available:
         raise RuntimeError(
-            f"backend 'native' has no kernel for {dtype} on {device.type}; run 'diff2to3 doctor' to see what is "
-            "missing, or use backend='reference'"
+            f"backend 'native' has no kernel for {dtype} on {device.type}; run 'diff2to3 doctor' to see what "
+            "is missing, or use backend='reference'"
         )
     return "native" if available else "reference"
 
 
-# ---- calling --------------------------------------------------------------------------------------------------
+# ---- calling ----
 
 
 def call(name: str, *args: Argument, device: torch.device) -> int:
     """Call the C function ``d23_<name>`` and return its non-negative result.
 
-    Tensors become pointers (they must be contiguous and on ``device``), ints int64, floats double, None a null
-    pointer. The number of threads (CPU) or the current stream (CUDA) is appended. A negative result is an error.
+    Tensors become pointers (they must be contiguous and on ``device``), ints int64, floats double, None a
+    null pointer. The number of threads (CPU) or the current stream (CUDA) is appended. A negative result is
+    an error.
     """
     library = library_for(device)
     if library is None:
