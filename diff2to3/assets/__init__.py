@@ -1,0 +1,7 @@
+"""3D files in: catalogues of assets, and loading one as a :class:`diff2to3.types.Mesh`."""
+
+from diff2to3.assets.limits import LimitedWorker, Limits, WorkerError, run_limited
+from diff2to3.assets.load import load_mesh
+from diff2to3.assets.source import FileSource
+
+__all__ = ["FileSource", "LimitedWorker", "Limits", "WorkerError", "load_mesh", "run_limited"]
