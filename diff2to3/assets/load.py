@@ -1,4 +1,4 @@
-"""Load one 3D file into a :class:`Mesh`: glTF by this package's own reader, other formats through trimesh."""
+"""Load one 3D file into a :class:`Mesh`: glTF and OBJ by this package's own readers, PLY and STL through trimesh."""
 
 from __future__ import annotations
 
@@ -97,16 +97,22 @@ def _read_gltf(data: bytes, kind: str, resolve: Resolver, limits: Limits) -> tup
     return read_parts(Gltf(data, resolve, limits))
 
 
+def _read_obj(data: bytes, kind: str, resolve: Resolver, limits: Limits) -> tuple[list[Part], list[str]]:
+    from diff2to3.assets.obj import read_obj
+
+    return read_obj(data, resolve, limits)
+
+
 def _read_other(data: bytes, kind: str, resolve: Resolver, limits: Limits) -> tuple[list[Part], list[str]]:
     from diff2to3.assets.other_formats import read_other
 
-    return read_other(data, kind, resolve, limits)
+    return read_other(data, kind, limits)
 
 
 _READERS: dict[str, Callable[[bytes, str, Resolver, Limits], tuple[list[Part], list[str]]]] = {
     "glb": _read_gltf,
     "gltf": _read_gltf,
-    "obj": _read_other,
+    "obj": _read_obj,
     "ply": _read_other,
     "stl": _read_other,
 }

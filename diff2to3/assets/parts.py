@@ -13,6 +13,14 @@ from diff2to3.types import Material, Mesh
 #: glTF and OBJ are y up: (x, y, z) -> (x, -z, y).
 Y_UP_TO_Z_UP = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])
 
+#: What Blender gives a surface that has no material, linear RGBA.
+NO_MATERIAL = (0.8, 0.8, 0.8, 1.0)
+
+
+def decode_srgb(encoded: np.ndarray) -> np.ndarray:
+    """sRGB-encoded values in [0, 1] -> linear (IEC 61966-2-1)."""
+    return np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+
 
 @dataclass(frozen=True, eq=False)
 class Part:
