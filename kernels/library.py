@@ -66,9 +66,9 @@ def find_or_build(part: str, load: Callable[[Path], T], compile_into: Callable[[
     try:
         return load(cache.compile_once(part, compile_into, damaged))
     except (build.BuildError, OSError, AttributeError) as error:
-        reason = str(error).strip().splitlines()
-        shown = " ".join(reason[:1] + [line for line in reason[1:] if "error" in line][:1])
-        print(f"diff2to3: no {part} kernels, the slow reference runs instead: {shown}", file=sys.stderr)
+        lines = str(error).strip().splitlines()
+        reason = next((line for line in lines if "error:" in line), lines[0] if lines else repr(error))
+        print(f"diff2to3: no {part} kernels, the slow reference runs instead: {reason}", file=sys.stderr)
         return None
 
 
@@ -94,10 +94,16 @@ def load_cuda(folder: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(folder / f"cuda{build.library_suffix()}"))
 
 
+def cpu_library_file() -> Path | None:
+    """The file that the CPU kernels in use were loaded from."""
+    library = cpu_library()
+    return None if library is None else Path(library._name)
+
+
 def variant_name() -> str:
     """The CPU's instruction set in use: ``avx512``, ``avx2``, ``baseline`` or ``none``."""
-    library = cpu_library()
-    return "none" if library is None else Path(library._name).stem.removeprefix("cpu_")
+    file = cpu_library_file()
+    return "none" if file is None else file.stem.removeprefix("cpu_")
 
 
 # ---- choosing ----

@@ -1,0 +1,258 @@
+"""What is built and found on this machine, as data; ``diff2to3 doctor`` prints it.
+
+Optional packages are looked up in the installation's metadata and not imported: some take seconds, and a
+broken one must not break this.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import diff2to3
+from diff2to3.kernels import build, cache, library
+
+OK, MISSING, BROKEN, INFO = "ok", "missing", "broken", "info"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report.
+
+    status  ok; missing (optional, ``fix`` adds it); broken (present and unusable); info (nothing to judge)
+    fix     the one line that adds or repairs it
+    """
+
+    section: str
+    name: str
+    status: str
+    value: str
+    fix: str | None = None
+
+
+@dataclass(frozen=True)
+class Package:
+    """An optional package: its module, the distributions that may provide it, and what it is for."""
+
+    module: str
+    purpose: str
+    fix: str
+    distributions: tuple[str, ...] = ()
+
+
+def extra(name: str) -> str:
+    return f'pip install "diff2to3[{name}]"'
+
+
+PACKAGES = (
+    Package("diffusers", "FLUX autoencoders", extra("flux")),
+    Package("transformers", "image encoders", extra("flux")),
+    Package(
+        "spconv",
+        "sparse convolution, explicit backend",
+        extra("spconv"),
+        ("spconv-cu126", "spconv-cu124", "spconv-cu121", "spconv-cu120", "spconv-cu118", "spconv"),
+    ),
+    Package("xformers", "attention, explicit backend", extra("xformers")),
+    Package(
+        "flash_attn",
+        "attention, explicit backend",
+        "pip install flash-attn --no-build-isolation",
+        ("flash-attn",),
+    ),
+    Package("gsplat", "rasteriser to compare with", extra("gsplat")),
+    Package("trimesh", "mesh files", extra("data")),
+    Package("embreex", "ray casting", extra("data")),
+    Package("scipy", "nearest neighbours", extra("data")),
+    Package("objaverse", "Objaverse-XL downloads", extra("data")),
+    Package("wandb", "experiment tracking", extra("wandb")),
+    Package("bpy", "Blender as a renderer", "pip install bpy   (each release supports one Python version)"),
+    Package("kaolin", "mesh and volume tools", "see kaolin_hint"),
+)
+
+
+def collect(*, imports: bool = False) -> list[Check]:
+    """The whole report. ``imports``: also import every optional package, in a process of its own."""
+    return [*system(), *kernels(), *devices(), *packages(imports=imports), *backends()]
+
+
+# ---- machine ----
+
+
+def system() -> Iterator[Check]:
+    section = "system"
+    yield Check(section, "diff2to3", OK, f"{diff2to3.__version__} in {Path(diff2to3.__file__).parent}")
+    cpus = f"{build.num_jobs()} of {os.cpu_count()} CPUs usable"
+    yield Check(section, "python", OK, f"{platform.python_version()}, {platform.platform()}, {cpus}")
+    yield Check(section, "torch", OK, torch.__version__)
+    try:
+        compiler = build.find_compiler()
+        yield Check(section, "C++ compiler", OK, f"{compiler}: {build.version_of(compiler)}")
+    except build.BuildError:
+        yield Check(section, "C++ compiler", MISSING, "c++, g++, clang++ not found", build.compiler_hint())
+    openmp = "with" if torch.backends.openmp.is_available() else "without"
+    threads = torch.get_num_threads()
+    yield Check(
+        section, "threads", INFO, f"{threads}: torch {openmp} OpenMP, the kernels on a pool of their own"
+    )
+
+
+def kernels() -> Iterator[Check]:
+    section = "kernels"
+    file = library.cpu_library_file()
+    if file is None:
+        fix = build.compiler_hint()
+        yield Check(section, "CPU kernels", MISSING, "not built: the slow PyTorch reference runs", fix)
+    else:
+        names = ", ".join(library.runnable_variants(file.parent))
+        yield Check(section, "CPU kernels", OK, f"{library.variant_name()} (of {names}) in {file.parent}")
+        yield Check(section, "CPU kernels by", INFO, compiled_by(file.parent))
+    try:
+        nvcc = build.find_nvcc()
+        yield Check(section, "nvcc", OK, f"{nvcc}: {build.version_of(nvcc)}")
+    except build.BuildError:
+        yield Check(
+            section, "nvcc", MISSING, "not found: CUDA kernels cannot be compiled here", build.nvcc_hint()
+        )
+    built = list(cuda_builds())
+    for part, folder in built:
+        value = f"{part.removeprefix('cuda_')} in {folder} by {compiled_by(folder)}"
+        yield Check(section, "CUDA kernels", OK, value)
+    if not built:
+        yield Check(section, "CUDA kernels", INFO, "none yet: compiled for the GPU at first use")
+
+
+def cuda_builds() -> Iterator[tuple[str, Path]]:
+    """(part, folder) of every usable CUDA build, installed or cached."""
+    parts = {path.name for path in cache.BESIDE.glob("cuda_sm*")}
+    for root in cache.cache_roots():
+        parts |= {path.name.split("-")[0] for path in root.glob("cuda_sm*-*") if path.is_dir()}
+    for part in sorted(parts):
+        for folder in cache.existing(part):
+            yield part, folder
+
+
+def compiled_by(folder: Path) -> str:
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return str(manifest["compiler"])
+
+
+def devices() -> Iterator[Check]:
+    section = "devices"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            found = torch.cuda.get_device_properties(index)
+            gib = found.total_memory / 2**30
+            value = f"{found.name}, sm_{found.major}{found.minor}, {gib:.0f} GiB"
+            yield Check(section, f"cuda:{index}", OK, f"{value}, torch for CUDA {torch.version.cuda}")
+    elif torch.version.cuda is None and torch.version.hip is None:
+        fix = "pip install torch --index-url https://download.pytorch.org/whl/cu126   (needs an NVIDIA GPU)"
+        yield Check(section, "CUDA GPU", MISSING, f"torch {torch.__version__} is built without CUDA", fix)
+    else:
+        fix = "nvidia-smi   (shows whether NVIDIA's driver is installed and sees a GPU)"
+        yield Check(section, "CUDA GPU", MISSING, "torch finds none", fix)
+    if driver := driver_cuda_version():
+        yield Check(section, "NVIDIA driver", OK, f"runs CUDA up to {driver[0]}.{driver[1]}")
+    if sys.platform == "darwin":
+        found_mps = torch.backends.mps.is_available()
+        yield Check(
+            section, "MPS", OK if found_mps else MISSING, "available" if found_mps else "not available"
+        )
+
+
+def driver_cuda_version() -> tuple[int, int] | None:
+    """The newest CUDA that the installed NVIDIA driver runs; None without a driver."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        version = ctypes.c_int(0)
+        if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+# ---- packages ----
+
+
+def packages(*, imports: bool = False) -> Iterator[Check]:
+    for package in PACKAGES:
+        fix = kaolin_hint() if package.module == "kaolin" else package.fix
+        version = version_of(package)
+        if version is None:
+            yield Check("packages", package.module, MISSING, package.purpose, fix)
+        elif package.module == "kaolin" and version == "0.1":
+            yield Check(
+                "packages", "kaolin", BROKEN, "0.1 is PyPI's placeholder, which raises on import", fix
+            )
+        elif imports and (error := import_error(package.module)):
+            yield Check("packages", package.module, BROKEN, f"{version}, does not import: {error}", fix)
+        else:
+            yield Check("packages", package.module, OK, f"{version} ({package.purpose})")
+
+
+def version_of(package: Package) -> str | None:
+    """The installed version, ``unknown version`` for a module without metadata, None if it is absent."""
+    try:
+        if importlib.util.find_spec(package.module) is None:
+            return None
+    except (ImportError, ValueError):  # a module that hides itself, or a broken parent
+        return None
+    for name in package.distributions or (package.module,):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown version"
+
+
+def import_error(module: str) -> str | None:
+    """The last line of what importing ``module`` prints in a process of its own; None if it works."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {module}"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=180,
+        )
+    except subprocess.TimeoutExpired:
+        return "no answer within 180 s"
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"
+
+
+def kaolin_hint() -> str:
+    """NVIDIA's index has a page for each torch and CUDA version; PyPI has a placeholder, 0.1."""
+    release = torch.__version__.split("+")[0]
+    cuda = (torch.version.cuda or "12.8").replace(".", "")
+    page = f"https://nvidia-kaolin.s3.us-east-2.amazonaws.com/torch-{release}_cu{cuda}.html"
+    return f'pip install "kaolin>0.1" -f {page}'
+
+
+# ---- what each op will use ----
+
+
+def backends() -> Iterator[Check]:
+    """The backend that each op uses with ``backend="auto"``, for every device of this machine."""
+    names = ["cpu"]
+    names += ["cuda"] if torch.cuda.is_available() else []
+    names += ["mps"] if torch.backends.mps.is_available() else []
+    chosen = {name: library.resolve_backend("auto", torch.device(name), torch.float32) for name in names}
+    for name, backend in chosen.items():
+        note = "compiled kernel" if backend == "native" else "PyTorch reference, slow"
+        yield Check("backends", name, OK if backend == "native" else INFO, f"{backend} ({note})")
