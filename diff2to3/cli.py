@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = build_parser(argv).parse_args(argv)
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
     except (InputError, MissingDependencyError) as error:
         print(f"diff2to3 {args.command}: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -1,0 +1,217 @@
+"""The package keeps to its own rules: who imports whom, and what no module does. Read from the sources."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: Folders and modules that put stages together; everything else that is not below is a stage.
+COMPOSING = {"__init__", "pipeline", "commands", "cli", "doctor", "data", "training"}
+#: What each layer may import of the package, besides itself.
+LAYERS: dict[str, set[str]] = {
+    "types": set(),
+    "errors": set(),
+    "kernels": set(),
+    "nn": {"kernels", "types", "errors"},
+}
+STAGE_MAY_IMPORT = {"nn", "kernels", "types", "errors"}
+
+#: Import names of the required dependencies in pyproject.toml.
+REQUIRED = {"torch", "numpy", "einops", "omegaconf", "PIL", "safetensors", "tqdm"}
+#: The only modules that may use diffusers and transformers (inside functions).
+PROVIDERS = ("diff2to3.voxels.providers", "diff2to3.voxels.hub", "diff2to3.flow.conditioners")
+
+#: Calls that no module makes: they ignore the caller's device, unpickle, run strings or touch the global RNG.
+FORBIDDEN_CALLS = {
+    "torch.load",
+    "pickle.load",
+    "pickle.loads",
+    "eval",
+    "exec",
+    "torch.manual_seed",
+    "torch.cuda.manual_seed",
+    "torch.cuda.manual_seed_all",
+    "np.random.seed",
+    "numpy.random.seed",
+    "random.seed",
+    "torch.set_default_dtype",
+    "torch.set_default_device",
+}
+
+
+def sources() -> dict[str, str]:
+    """Module name (with ``__init__`` for packages) -> source, as installed: kernels/ is diff2to3.kernels."""
+    found = {}
+    for folder, prefix in ((ROOT / "diff2to3", "diff2to3"), (ROOT / "kernels", "diff2to3.kernels")):
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((prefix, *parts))] = path.read_text(encoding="utf-8")
+    return found
+
+
+def imports(module: str, tree: ast.AST) -> Iterator[str]:
+    """Absolute names of everything imported anywhere in ``tree``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".")[: -node.level]
+                base = ".".join([*package, base] if base else package)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def module_level(tree: ast.Module) -> ast.Module:
+    """The statements that run on import, without those that only type checkers read."""
+
+    class Strip(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+            return None
+
+        def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
+            return None
+
+        def visit_If(self, node: ast.If) -> ast.AST | None:
+            return None if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
+
+    return Strip().visit(ast.parse(ast.unparse(tree)))
+
+
+def layer(module: str) -> str:
+    """``nn`` for diff2to3.nn.attention."""
+    return module.split(".")[1]
+
+
+def layer_violations(module: str, source: str) -> list[str]:
+    own = layer(module)
+    if own in COMPOSING:
+        return []
+    allowed = LAYERS.get(own, STAGE_MAY_IMPORT) | {own}
+    used = {layer(name) for name in imports(module, ast.parse(source)) if name.startswith("diff2to3.")}
+    return [f"{module} imports {name}" for name in sorted(used - allowed)]
+
+
+def outside_violations(module: str, source: str) -> list[str]:
+    """Packages from outside that a module may not import, at module level or at all."""
+    tree = ast.parse(source)
+    ours_and_standard = {"diff2to3", *sys.stdlib_module_names}
+    always = {name.split(".")[0] for name in imports(module, module_level(tree))} - ours_and_standard
+    everywhere = {name.split(".")[0] for name in imports(module, tree)} - ours_and_standard
+    bad = [f"{module} imports {name} at module level" for name in sorted(always - REQUIRED)]
+    if layer(module) == "kernels":
+        bad += [f"{module} imports {name}" for name in sorted(everywhere - {"torch", "numpy"})]
+    if not module.startswith(PROVIDERS):
+        bad += [f"{module} imports {name}" for name in sorted(everywhere & {"diffusers", "transformers"})]
+    return bad
+
+
+def call_violations(module: str, source: str) -> list[str]:
+    bad = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        if name in FORBIDDEN_CALLS or (isinstance(node.func, ast.Attribute) and node.func.attr == "cuda"):
+            bad.append(f"{module}:{node.lineno} calls {name}")
+    return bad
+
+
+def uses_distributed(module: str, source: str) -> bool:
+    tree = ast.parse(source)
+    attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return "torch.distributed" in attributes or any(
+        name.startswith("torch.distributed") for name in imports(module, tree)
+    )
+
+
+def reads_environment(module: str, source: str) -> bool:
+    tree = ast.parse(source)
+    names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names |= set(imports(module, tree))
+    return bool(names & {"os.environ", "os.getenv", "os.putenv", "os.environb"})
+
+
+MODULES = sources()
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_module_keeps_to_the_rules(module: str) -> None:
+    source = MODULES[module]
+    found = layer_violations(module, source) + outside_violations(module, source)
+    assert found + call_violations(module, source) == []
+
+
+def test_distributed_and_environment_have_one_place() -> None:
+    distributed = [name for name, source in MODULES.items() if uses_distributed(name, source)]
+    assert len(distributed) <= 1, distributed
+    readers = {name for name, source in MODULES.items() if reads_environment(name, source)}
+    assert readers <= {"diff2to3.cli", *distributed}
+
+
+def test_required_dependencies_are_those_of_the_project_file() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = text.split("\ndependencies = [")[1].split("]")[0]
+    names = {line.strip().strip('",').split(">")[0] for line in block.splitlines() if line.strip()}
+    assert names == {{"PIL": "pillow"}.get(name, name) for name in REQUIRED}
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("diff2to3.types", "from diff2to3.errors import InputError"),
+        ("diff2to3.nn.attention", "from diff2to3.voxels import voxelise"),
+        ("diff2to3.vae.encoder", "import diff2to3.flow.smdit"),
+        ("diff2to3.vae.encoder", "def f():\n    from ..flow import smdit"),
+        ("diff2to3.kernels.rasterize", "from diff2to3.types import Gaussians"),
+    ],
+)
+def test_wrong_layers_are_found(module: str, source: str) -> None:
+    assert layer_violations(module, source)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("diff2to3.assets.load", "import trimesh"),
+        ("diff2to3.assets.load", "try:\n    import trimesh\nexcept ImportError:\n    trimesh = None"),
+        ("diff2to3.kernels.patchify", "def f():\n    import einops"),
+        ("diff2to3.vae.encoder", "def f():\n    from diffusers import AutoencoderKL"),
+    ],
+)
+def test_wrong_packages_are_found(module: str, source: str) -> None:
+    assert outside_violations(module, source)
+
+
+def test_allowed_imports_pass() -> None:
+    assert (
+        layer_violations("diff2to3.vae.encoder", "from diff2to3.nn import norm\nfrom .blocks import Block")
+        == []
+    )
+    assert layer_violations("diff2to3.kernels.patchify", "from . import library") == []
+    assert layer_violations("diff2to3.kernels.__init__", "from .patchify import patchify") == []
+    lazy = "if TYPE_CHECKING:\n    import trimesh\ndef f():\n    import trimesh"
+    assert outside_violations("diff2to3.assets.load", lazy) == []
+    assert outside_violations("diff2to3.voxels.providers", "def f():\n    import diffusers") == []
+
+
+@pytest.mark.parametrize(
+    "code", ["x = y.cuda()", "torch.load(p)", "torch.manual_seed(0)", "np.random.seed(1)"]
+)
+def test_forbidden_calls_are_found(code: str) -> None:
+    assert call_violations("diff2to3.vae.encoder", code)
+    assert call_violations("diff2to3.vae.encoder", "torch.cuda.is_available()") == []
+
+
+def test_environment_and_distributed_are_found() -> None:
+    assert reads_environment("m", "import os\nos.environ['A']")
+    assert reads_environment("m", "from os import environ")
+    assert uses_distributed("m", "import torch\ntorch.distributed.barrier()")
+    assert uses_distributed("m", "import torch.distributed as dist")
+    assert not uses_distributed("m", "import torch\ntorch.device('cpu')")
