@@ -57,15 +57,15 @@ def cuda_library(capability: int) -> ctypes.CDLL | None:
 def find_or_build(part: str, load: Callable[[Path], T], compile_into: Callable[[Path], object]) -> T | None:
     """Load ``part`` from where it is, or compile it. None, after one line on stderr, if neither works."""
     damaged: set[Path] = set()
-    for folder in cache.existing(part):
-        try:
-            return load(folder)
-        except (OSError, AttributeError) as error:  # damaged on disk, or built for another machine
-            print(f"diff2to3: {folder} cannot be loaded: {error}", file=sys.stderr)
-            damaged.add(folder)
     try:
+        for folder in cache.existing(part):
+            try:
+                return load(folder)
+            except (OSError, AttributeError) as error:  # damaged on disk, or built for another machine
+                print(f"diff2to3: {folder} cannot be loaded: {error}", file=sys.stderr)
+                damaged.add(folder)
         return load(cache.compile_once(part, compile_into, damaged))
-    except (build.BuildError, OSError, AttributeError) as error:
+    except (build.BuildError, KernelError, OSError, AttributeError) as error:
         lines = str(error).strip().splitlines()
         reason = next((line for line in lines if "error:" in line), lines[0] if lines else repr(error))
         print(f"diff2to3: no {part} kernels, the slow reference runs instead: {reason}", file=sys.stderr)
@@ -91,7 +91,12 @@ def runnable_variants(folder: Path) -> list[str]:
 
 
 def load_cuda(folder: Path) -> ctypes.CDLL:
-    return ctypes.CDLL(str(folder / f"cuda{build.library_suffix()}"))
+    """Load the CUDA kernels. KernelError if the driver cannot run them (it is too old, for example)."""
+    library = ctypes.CDLL(str(folder / f"cuda{build.library_suffix()}"))
+    library.d23_cuda_ready.restype = ctypes.c_int64
+    if (result := library.d23_cuda_ready()) < 0:
+        raise KernelError(failure_text(library, result))
+    return library
 
 
 def cpu_library_file() -> Path | None:
