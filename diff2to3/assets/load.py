@@ -1,4 +1,4 @@
-"""Load one 3D file into a :class:`Mesh`: glTF and OBJ by this package's own readers, PLY and STL through trimesh."""
+"""Load one 3D file into a :class:`Mesh`: glTF and OBJ by readers of our own, PLY and STL through trimesh."""
 
 from __future__ import annotations
 

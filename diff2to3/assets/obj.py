@@ -1,14 +1,16 @@
 """Wavefront OBJ with MTL materials, in file coordinates.
 
-Read here rather than by trimesh, which drops texture coordinates where faces with and without them mix, rounds
-colours to bytes, and goes on without textures it does not find. Polygons become fans; smoothing groups, curves
-and every MTL statement but Kd, map_Kd, d, Tr and Ke are ignored. Kd is linear, as Blender's importer takes it.
+Read here rather than by trimesh, which drops texture coordinates where faces with and without them mix,
+rounds colours to bytes, and goes on without textures it does not find. Polygons become fans. Smoothing
+groups, curves and every MTL statement but Kd, map_Kd, d, Tr and Ke are ignored. Kd is linear, as Blender's importer
+takes it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -59,7 +61,8 @@ def read_obj(data: bytes, resolve: Resolver, limits: Limits) -> tuple[list[Part]
     normals = _number_array(said.normals, 3)
     parts = []
     for name, corners in said.corners.items():
-        material = materials.get(name) or Material(name, NO_MATERIAL, double_sided=True)
+        plain = NO_MATERIAL if colors is None else (1.0, 1.0, 1.0, 1.0)
+        material = materials.get(name) or Material(name, plain, double_sided=True)
         parts.append(_part(np.array(corners, np.int64), vertices, colors, uvs, normals, material))
     return parts, notes + budget.notes
 
@@ -104,7 +107,7 @@ def _add_face(said: _Statements, words: list[bytes], corners: list[tuple[int, in
                 if index == 0 or row[slot] < 0:
                     raise InputError(f"face corner {word.decode('latin-1')!r} refers to nothing")
         polygon.append((row[0], row[1], row[2]))
-    for second, third in zip(polygon[1:], polygon[2:], strict=False):
+    for second, third in pairwise(polygon[1:]):
         corners += (polygon[0], second, third)
 
 

@@ -1,0 +1,127 @@
+"""Views of a mesh: RGBA, depth, normals, point maps and triangle ids from one pass, by a choice of renderers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diff2to3.types import Mesh, Views
+from diff2to3.views.config import RenderConfig
+
+
+@dataclass(frozen=True)
+class RenderedViews(Views):
+    """:class:`Views` and what else the pass gave; each is None unless ``RenderConfig.outputs`` asked for it.
+
+    depths, normals, points and triangle_ids belong to the ray through the pixel's centre and to the first surface
+    on it that is at least half opaque; alphas and images are averages over the pixel. So a pixel at an outline
+    may have alpha and no depth.
+
+    normals       [V, H, W, 3]     unit shading normals in the object frame, on the camera's side; 0 elsewhere
+    points        [V, H, W, 3]     where the ray meets the surface, in the object frame; 0 where it meets none
+    triangle_ids  int32 [V, H, W]  rows of ``Mesh.faces``; -1 where nothing is seen
+    renderer      which renderer made the views, with its version
+    """
+
+    normals: Tensor | None = None
+    points: Tensor | None = None
+    triangle_ids: Tensor | None = None
+    renderer: str = ""
+
+
+class MeshRenderer(Protocol):
+    """Renders views of one mesh; keeps what views share."""
+
+    def render(self, viewmats: Tensor, Ks: Tensor, width: int, height: int) -> RenderedViews: ...
+
+
+def make_renderer(mesh: Mesh, config: RenderConfig | None = None) -> MeshRenderer:
+    """The renderer that ``config`` names, ready for ``mesh``. Use it for several calls on one mesh."""
+    config = config or RenderConfig()
+    if config.renderer == "raycast":
+        return RaycastRenderer(mesh, config)
+    if config.renderer == "kaolin":
+        from diff2to3.views.kaolin import KaolinRenderer
+
+        return KaolinRenderer(mesh, config)
+    from diff2to3.views.blender import BlenderRenderer
+
+    return BlenderRenderer(mesh, config)
+
+
+def render_views(
+    mesh: Mesh,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    config: RenderConfig | None = None,
+) -> RenderedViews:
+    """``mesh`` from V cameras: viewmats [V, 4, 4] world -> camera, Ks [V, 3, 3] in pixels. CPU tensors out."""
+    return make_renderer(mesh, config).render(viewmats, Ks, width, height)
+
+
+class RaycastRenderer:
+    """Embree on the CPU; see :mod:`diff2to3.views.tracer`."""
+
+    def __init__(self, mesh: Mesh, config: RenderConfig) -> None:
+        from diff2to3.views.tracer import Tracer
+
+        self._tracer = Tracer(mesh, config)
+
+    def render(self, viewmats: Tensor, Ks: Tensor, width: int, height: int) -> RenderedViews:
+        from diff2to3.views.tracer import Camera
+
+        check_cameras(viewmats, Ks, width, height)
+        cameras = [
+            Camera.of(viewmat, K, width, height)
+            for viewmat, K in zip(viewmats.cpu().numpy(), Ks.cpu().numpy(), strict=True)
+        ]
+        return pack_frames([self._tracer.render(camera) for camera in cameras], viewmats, Ks, self.name)
+
+    @property
+    def name(self) -> str:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return f"raycast (embreex {version('embreex')})"
+        except PackageNotFoundError:
+            return "raycast (embreex)"
+
+
+def check_cameras(viewmats: Tensor, Ks: Tensor, width: int, height: int) -> None:
+    """Raise ValueError unless the cameras of a render call make sense together."""
+    if viewmats.ndim != 3 or viewmats.shape[1:] != (4, 4) or len(viewmats) == 0:
+        raise ValueError(f"viewmats: expected [V, 4, 4] with V >= 1, got {list(viewmats.shape)}")
+    if Ks.shape != (len(viewmats), 3, 3):
+        raise ValueError(f"Ks: expected [{len(viewmats)}, 3, 3], got {list(Ks.shape)}")
+    if width < 1 or height < 1:
+        raise ValueError(f"width, height: expected positive numbers, got {width} x {height}")
+    if not (bool(torch.isfinite(viewmats).all()) and bool(torch.isfinite(Ks).all())):
+        raise ValueError("viewmats, Ks: expected finite numbers")
+
+
+def pack_frames(frames: list, viewmats: Tensor, Ks: Tensor, name: str) -> RenderedViews:
+    """Stack frames (objects with the arrays of :class:`diff2to3.views.tracer.Frame`) into views."""
+
+    def stack(key: str) -> Tensor | None:
+        arrays = [getattr(frame, key) for frame in frames]
+        return None if arrays[0] is None else torch.from_numpy(np.stack(arrays))
+
+    images, alphas = stack("images"), stack("alphas")
+    assert images is not None and alphas is not None
+    return RenderedViews(
+        images=images,
+        alphas=alphas,
+        viewmats=viewmats.cpu().float(),
+        Ks=Ks.cpu().float(),
+        depths=stack("depths"),
+        normals=stack("normals"),
+        points=stack("points"),
+        triangle_ids=stack("triangle_ids"),
+        renderer=name,
+    )
