@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ import torch
 import diff2to3
 from diff2to3.kernels import build, cache, library
 
-OK, MISSING, BROKEN, INFO = "ok", "missing", "broken", "info"
+STATUSES = OK, MISSING, BROKEN, INFO = "ok", "missing", "broken", "info"
 
 
 @dataclass(frozen=True)
@@ -118,19 +119,30 @@ def kernels() -> Iterator[Check]:
         names = ", ".join(library.runnable_variants(file.parent))
         yield Check(section, "CPU kernels", OK, f"{library.variant_name()} (of {names}) in {file.parent}")
         yield Check(section, "CPU kernels by", INFO, compiled_by(file.parent))
-    try:
-        nvcc = build.find_nvcc()
-        yield Check(section, "nvcc", OK, f"{nvcc}: {build.version_of(nvcc)}")
-    except build.BuildError:
-        yield Check(
-            section, "nvcc", MISSING, "not found: CUDA kernels cannot be compiled here", build.nvcc_hint()
-        )
+    yield nvcc_check()
     built = list(cuda_builds())
     for part, folder in built:
         value = f"{part.removeprefix('cuda_')} in {folder} by {compiled_by(folder)}"
         yield Check(section, "CUDA kernels", OK, value)
     if not built:
         yield Check(section, "CUDA kernels", INFO, "none yet: compiled for the GPU at first use")
+
+
+def nvcc_check() -> Check:
+    """nvcc, and whether the driver, whose CUDA may not be a major version older, runs what it makes."""
+    driver, fix = driver_cuda_version(), build.nvcc_hint()
+    if driver is not None and driver[0] < 13:
+        fix = f"install a CUDA {driver[0]} toolkit from https://developer.nvidia.com/cuda-toolkit-archive"
+    try:
+        nvcc = build.find_nvcc()
+    except build.BuildError:
+        return Check("kernels", "nvcc", MISSING, "not found: CUDA kernels cannot be compiled here", fix)
+    version = build.version_of(nvcc)
+    release = re.search(r"release (\d+)", version)
+    if driver and release and int(release[1]) > driver[0]:
+        value = f"{nvcc}: {version}; but the driver runs CUDA up to {driver[0]}.{driver[1]}"
+        return Check("kernels", "nvcc", BROKEN, value, f"update NVIDIA's driver, or {fix}")
+    return Check("kernels", "nvcc", OK, f"{nvcc}: {version}")
 
 
 def cuda_builds() -> Iterator[tuple[str, Path]]:

@@ -1,0 +1,82 @@
+"""Every command that the README shows works. Long ones run in a form that only checks them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+#: An inline `code span` that starts with one of these is a command.
+PROGRAMS = ("pip ", "pytest", "diff2to3 ", "python ", "ruff ", ".ci/", "DIFF2TO3_")
+
+
+def commands(text: str) -> list[str]:
+    """Lines of ```bash blocks, split at &&, and inline code that starts with a program's name."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+    spans = [span for span in re.findall(r"`([^`\n]+)`", prose) if span.startswith(PROGRAMS)]
+    return list(dict.fromkeys(part.strip() for line in [*lines, *spans] for part in line.split("&&")))
+
+
+def check_pip(words: list[str]) -> None:
+    """Every extra that a pip command names exists."""
+    known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    named = re.findall(r"\[([\w,]+)\]", " ".join(words))
+    assert {extra for group in named for extra in group.split(",")} <= set(known)
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", commands(README))
+def test_command(command: str) -> None:
+    words = [word for word in shlex.split(command) if not re.match(r"[A-Z0-9_]+=", word)]
+    program = words[0]
+    if program == "pip":
+        check_pip(words)
+    elif program == "pytest":
+        run(sys.executable, "-m", "pytest", *words[1:], "--collect-only", "-q", "tests/test_readme.py")
+    elif program == "diff2to3":
+        script = Path(sys.executable).with_name("diff2to3")  # the installed one, whatever the current folder
+        run(*([str(script)] if script.exists() else [sys.executable, "-m", "diff2to3.cli"]), *words[1:])
+    elif words[:2] == ["python", "-m"]:
+        run(sys.executable, *words[1:], "--help")
+    elif program == "ruff":
+        pytest.importorskip("ruff", reason="ruff is not installed")
+        run(sys.executable, "-m", "ruff", *words[1:], "--diff", "setup.py")
+    elif program.startswith(".ci/"):
+        run("bash", "-n", program)
+    else:
+        pytest.fail(f"teach this test how to run: {command}")
+
+
+def test_commands_are_found() -> None:
+    text = "```bash\npip install . && diff2to3 doctor\n```\n`pytest --slow` and `coords`\n```\nlayout/\n```\n"
+    assert commands(text) == ["pip install .", "diff2to3 doctor", "pytest --slow"]
+    assert len(commands(README)) > 5
+
+
+def test_first_two_blocks_install_and_test() -> None:
+    blocks = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert blocks[0].startswith("pip install ") and "pytest" in blocks[1]
+
+
+def test_files_and_extras_that_it_names_exist() -> None:
+    extras = re.findall(r"^\| `(.+?)` \|", README.split("## Installing")[1], re.MULTILINE)
+    named = {name for cell in extras for name in cell.split("`, `")}
+    known = set(
+        re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    assert named <= known and "flux" in named
+    for folder in re.findall(r"^(\w+)/ ", README, re.MULTILINE):
+        assert (ROOT / folder).is_dir(), folder
