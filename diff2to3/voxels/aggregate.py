@@ -15,6 +15,7 @@ silhouettes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,24 @@ def aggregate_features(
     Raises:
         ValueError: an unknown mode, no views, coordinates of a wrong shape, or no depths for ``visible``.
     """
+    weighting = weigh_views(views, coords, resolution, mode, depth_tolerance)
+    (feats,) = lift(views, provider, [weighting], background, view_chunk)
+    return VoxelFeatures(feats, weighting.num_views)
+
+
+@dataclass(frozen=True)
+class ViewWeights:
+    """Where voxels project and which views count: pixels [V, N, 2], weights [V, N], num_views int32 [N]."""
+
+    pixels: Tensor
+    weights: Tensor
+    num_views: Tensor
+
+
+def weigh_views(
+    views: Views, coords: Tensor, resolution: int, mode: str, depth_tolerance: float = 1.0
+) -> ViewWeights:
+    """The views that count for each voxel; see :func:`aggregate_features`. Every voxel has at least one."""
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     if mode == "visible" and views.depths is None:
@@ -102,17 +121,28 @@ def aggregate_features(
         weights = torch.where(all_four.any(0), all_four, near)
         num_views = weights.sum(0)
         weights = torch.where(weights.any(0), weights, inside)
-    weights = torch.where(weights.any(0), weights, True).float()  # in no image at all: the borders of all
+    weights = torch.where(weights.any(0), weights, True)  # in no image at all: the borders of all
+    return ViewWeights(pixels, weights.float(), num_views.to(torch.int32))
 
-    sums = torch.zeros(len(coords), provider.channels, device=coords.device)
+
+def lift(
+    views: Views,
+    provider: FeatureProvider,
+    weightings: Sequence[ViewWeights],
+    background: float = 0.5,
+    view_chunk: int = 4,
+) -> list[Tensor]:
+    """Weighted means of the views' features, [N, C] a weighting, encoding every view once."""
+    sums = [torch.zeros(w.weights.shape[1], provider.channels, device=w.weights.device) for w in weightings]
     for start in range(0, len(views), view_chunk):
         chunk = range(start, min(start + view_chunk, len(views)))
-        images = views.select(list(chunk)).composite(background)
-        maps = provider.encode(images).to(coords.device, torch.float32)
-        for view, feature_map in zip(chunk, maps, strict=True):
-            feats = sample_bilinear(feature_map[None], pixels[view, None], views.height, views.width)[0]
-            sums += feats * weights[view, :, None]
-    return VoxelFeatures(sums / weights.sum(0)[:, None], num_views.to(torch.int32))
+        maps = provider.encode(views.select(list(chunk)).composite(background))
+        for view, feature_map in zip(chunk, maps.to(views.images.device, torch.float32), strict=True):
+            for total, w in zip(sums, weightings, strict=True):
+                pixels = w.pixels[view, None]
+                feats = sample_bilinear(feature_map[None], pixels, views.height, views.width)[0]
+                total += feats * w.weights[view, :, None]
+    return [total / w.weights.sum(0)[:, None] for total, w in zip(sums, weightings, strict=True)]
 
 
 def _inside(pixels: Tensor, depths: Tensor, height: int, width: int) -> Tensor:

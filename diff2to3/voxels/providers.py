@@ -18,6 +18,7 @@ LayerNorm, as TRELLIS uses them for its voxels.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -263,7 +264,8 @@ def _import(package: str) -> Any:
 
 def _is_local(source: str) -> bool:
     """Whether ``source`` means a path here rather than a hub name (owner/name)."""
-    return Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
+    looks_like_path = source.startswith((".", "/", "~")) or source.endswith(".safetensors")
+    return Path(source).exists() or looks_like_path or source.count("/") != 1
 
 
 def _find_file(source: str, filename: str, offline: bool) -> Path:
@@ -314,3 +316,19 @@ def _not_found(source: str, filename: str, offline: bool, error: Exception) -> s
         "give a local path as weights, or fetch it on a machine with a connection: "
         f"hf download {source}"
     )
+
+
+def weights_fingerprint(weights: str | None) -> str:
+    """What identifies weights: a hub name itself, or a SHA-256 over a local file or folder's safetensors."""
+    if weights is None or not _is_local(weights):
+        return weights or "published"
+    path = Path(weights).expanduser()
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: no such file")
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,163 @@
+"""What ``diff2to3 data prepare`` is told: the schema of configs/data/*.yaml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from diff2to3.config import MISSING
+from diff2to3.views.cameras import CameraConfig
+from diff2to3.views.config import RenderConfig
+from diff2to3.voxels.aggregate import MODES
+from diff2to3.voxels.providers import PROVIDERS
+
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Which assets of the source are used; null leaves a filter out.
+
+    splits          names of splits
+    licenses        accepted licences, as the catalogue writes them
+    ids             a text file with one id a line
+    min_faces       triangles, where the catalogue knows them
+    max_faces
+    min_aesthetic   aesthetic score, where the catalogue knows it
+    limit           the first so many of what is left
+    """
+
+    splits: list[str] | None = None
+    licenses: list[str] | None = None
+    ids: str | None = None
+    min_faces: int | None = None
+    max_faces: int | None = None
+    min_aesthetic: float | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit: expected a positive number, got {self.limit}")
+
+
+@dataclass(frozen=True)
+class ViewSetConfig:
+    """One set of square views of every asset.
+
+    size     pixels a side
+    cameras  see :class:`CameraConfig`; drawn from (seed, asset id, name of the set), so every asset has its
+    own
+    depths   store depth as well (16 bits, exact to 1/65534 of the depth range of the unit box)
+    """
+
+    size: int = 512
+    cameras: CameraConfig = field(default_factory=CameraConfig)
+    depths: bool = False
+
+    def __post_init__(self) -> None:
+        if not 8 <= self.size <= 4096:
+            raise ValueError(f"size: expected 8 to 4096 pixels, got {self.size}")
+
+
+@dataclass(frozen=True)
+class FeatureSetConfig:
+    """One set of features on the active voxels.
+
+    provider          see diff2to3.voxels.providers
+    weights           local file or folder, or hub name; null for the published ones
+    offline           never open a connection
+    dtype, device     of the encoder; device "auto" takes a GPU where there is one
+    stride            of the providers rgb and rgb_stats
+    resolution        R; one of the voxel stage's
+    views             the view set that is lifted
+    mode              "visible" (by depth) or "mean" (over all views, as the paper)
+    depth_tolerance   in voxels
+    background        grey level behind the object
+    view_chunk        views encoded at a time
+    """
+
+    provider: str = MISSING
+    weights: str | None = None
+    offline: bool = False
+    dtype: str = "bfloat16"
+    device: str = "auto"
+    stride: int | None = None
+    resolution: int = 64
+    views: str = "input"
+    mode: str = "visible"
+    depth_tolerance: float = 1.0
+    background: float = 0.5
+    view_chunk: int = 4
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("provider", self.provider, tuple(PROVIDERS)),
+            ("mode", self.mode, MODES),
+            ("dtype", self.dtype, DTYPES),
+            ("device", self.device, DEVICES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        if self.view_chunk < 1:
+            raise ValueError(f"view_chunk: expected a positive number, got {self.view_chunk}")
+
+
+@dataclass(frozen=True)
+class LimitConfig:
+    """What one asset may cost before it is given up and reported.
+
+    seconds      in one stage
+    memory_gib   of the worker, beyond what it needs itself; null for no limit
+    max_faces    triangles
+    max_file_mib size of the file
+    """
+
+    seconds: float = 600.0
+    memory_gib: float | None = 16.0
+    max_faces: int = 4_000_000
+    max_file_mib: int = 1024
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A dataset: where from, where to, and what is made of each asset.
+
+    source       a folder, a zip, or a catalogue (see ``diff2to3 data list --help``)
+    out          the dataset's folder; on a file system that all workers see
+    seed         of the cameras
+    stages       in order; each reads what earlier ones wrote
+    shard_size   assets a shard
+    view_sets    name -> views
+    resolutions  voxel grids
+    features     name -> features
+    """
+
+    source: str = MISSING
+    out: str = MISSING
+    seed: int = 0
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    limits: LimitConfig = field(default_factory=LimitConfig)
+    stages: list[str] = field(default_factory=lambda: ["render", "voxels", "features"])
+    shard_size: int = 64
+    render: RenderConfig = field(default_factory=RenderConfig)
+    view_sets: dict[str, ViewSetConfig] = field(default_factory=dict)
+    resolutions: list[int] = field(default_factory=lambda: [64])
+    features: dict[str, FeatureSetConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size: expected a positive number, got {self.shard_size}")
+        for r in self.resolutions:
+            if not 1 <= r <= 256:
+                raise ValueError(f"resolutions: expected numbers from 1 to 256, got {r}")
+        for name in (*self.view_sets, *self.features):
+            if not name.isidentifier():
+                raise ValueError(f"{name!r}: names of view sets and features are letters, digits and _")
+        for name, features in self.features.items():
+            views = self.view_sets.get(features.views)
+            if views is None:
+                raise ValueError(f"features.{name}.views: no view set {features.views!r}")
+            if features.mode == "visible" and not views.depths:
+                raise ValueError(f"view_sets.{features.views}.depths: mode 'visible' needs true")
+            if features.resolution not in self.resolutions:
+                raise ValueError(f"features.{name}.resolution: {features.resolution} is not in resolutions")

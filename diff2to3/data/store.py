@@ -1,0 +1,233 @@
+"""Reading a prepared dataset: any asset, any view, without unpacking or scanning shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from diff2to3.data.pictures import decode_depth, decode_image
+from diff2to3.data.plan import PlannedAsset, read_plan
+from diff2to3.data.shards import Entry, entry_from_line, index_path, read_index, tar_path
+from diff2to3.errors import InputError
+from diff2to3.types import SparseVoxels, Views
+
+#: Files kept open at a time.
+_MAX_OPEN_FILES = 128
+
+
+class OpenFiles:
+    """Reads byte ranges of files and keeps the latest of them open. Travels to other processes closed."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    def read(self, path: Path, offset: int, length: int) -> bytes:
+        """``length`` bytes, fewer at the end of the file. Raises InputError when it cannot be opened."""
+        if path not in self._open:
+            try:
+                self._open[path] = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise InputError(f"{path}: cannot be opened: {error.strerror}") from error
+            if len(self._open) > _MAX_OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+        self._open.move_to_end(path)
+        return os.pread(self._open[path], length, offset)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[type[OpenFiles], tuple[()]]:
+        return OpenFiles, ()
+
+
+@dataclass(frozen=True)
+class StoredAsset:
+    """One asset's members in one stage."""
+
+    tar: Path
+    entry: Entry
+    files: OpenFiles
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """The small facts that the stage noted."""
+        return self.entry.info
+
+    def read(self, member: str) -> bytes:
+        """The bytes of ``member``. Raises InputError when there is none, or the shard is shorter than its
+        index."""
+        place = self.entry.members.get(member)
+        if place is None:
+            known = ", ".join(sorted(self.entry.members)[:8])
+            raise InputError(f"{self.tar}: {self.entry.id} has no {member!r}; it has {known}, ...")
+        data = self.files.read(self.tar, *place)
+        if len(data) != place[1]:
+            raise InputError(
+                f"{self.tar}: cut short at {self.entry.id}; run the preparation again to repair it"
+            )
+        return data
+
+    def tensors(self, member: str) -> dict[str, Tensor]:
+        """The tensors of a safetensors member."""
+        try:
+            return load_tensors(self.read(member))
+        except SafetensorError as error:
+            raise InputError(f"{self.tar}: {member} of {self.entry.id} is damaged: {error}") from error
+
+    def views(self, view_set: str, index: Sequence[int] | None = None, depths: bool = False) -> Views:
+        """The views ``index`` (all by default) of a set, of the render stage; with depth where wanted."""
+        cameras = self.tensors("cameras.safetensors")
+        if f"{view_set}.viewmats" not in cameras:
+            known = sorted(n.removesuffix(".Ks") for n in cameras if n.endswith(".Ks"))
+            raise InputError(f"{self.tar}: no view set {view_set!r}; known are {', '.join(known)}")
+        viewmats, Ks = cameras[f"{view_set}.viewmats"], cameras[f"{view_set}.Ks"]
+        index = range(len(Ks)) if index is None else index
+        pictures = [decode_image(self.read(f"{view_set}_{i:03d}.webp")) for i in index]
+        stored = None
+        if depths:
+            pairs = [(self.read(f"{view_set}_{i:03d}.depth.png"), viewmats[i]) for i in index]
+            stored = torch.stack([decode_depth(data, viewmat) for data, viewmat in pairs])
+        rows = torch.as_tensor(list(index), dtype=torch.long)
+        return Views(
+            torch.stack([image for image, _ in pictures]),
+            torch.stack([alpha for _, alpha in pictures]),
+            viewmats[rows],
+            Ks[rows],
+            stored,
+        )
+
+    def num_views(self, view_set: str) -> int:
+        """How many views of a set are stored."""
+        pattern = re.compile(rf"{re.escape(view_set)}_\d+\.webp")
+        return sum(pattern.fullmatch(name) is not None for name in self.entry.members)
+
+    def coords(self, resolution: int) -> Tensor:
+        """Active cells int32 [N, 3] of the R³ grid, of the voxel stage."""
+        return self.tensors(f"voxels_{resolution}.safetensors")["coords"].to(torch.int32)
+
+
+class AssetStore:
+    """The assets of a prepared dataset and where each stage's results are.
+
+    Only the plan and the indexes are read, and of the indexes only a few numbers an asset are kept.
+    """
+
+    def __init__(self, root: str | Path, stages: Sequence[str] | None = None) -> None:
+        """``stages``: those to open; None for all there are. Raises InputError where one was never
+        prepared."""
+        self.root = Path(root)
+        self.files = OpenFiles()
+        self.plan = read_plan(self.root)
+        if not self.plan:
+            raise InputError(f"{self.root}: not a prepared dataset (no plan.jsonl)")
+        if stages is None:
+            stages = sorted(p.parent.name for p in self.root.glob("*/settings.json"))
+        self._lines: dict[str, dict[str, tuple[Path, int, int]]] = {}
+        self._info: dict[str, dict[str, Mapping[str, Any]]] = {}
+        self.failures: dict[str, dict[str, str]] = {}
+        for stage in stages:
+            self._scan(stage)
+
+    @property
+    def stages(self) -> list[str]:
+        return list(self._lines)
+
+    def assets(self, split: str | None = None, stages: Sequence[str] | None = None) -> list[PlannedAsset]:
+        """Assets of ``split`` (any by default) for which all of ``stages`` (the open ones) succeeded."""
+        needed = self.stages if stages is None else stages
+        return [
+            asset
+            for asset in self.plan
+            if (split is None or asset.split == split) and all(asset.key in self._info[s] for s in needed)
+        ]
+
+    def info(self, asset: PlannedAsset, stage: str) -> Mapping[str, Any]:
+        """What ``stage`` noted about an asset, without touching its shard."""
+        return self._info[stage][asset.key]
+
+    def open(self, asset: PlannedAsset, stage: str) -> StoredAsset:
+        """An asset's members in ``stage``. Raises InputError, with the recorded reason, if it failed or is
+        absent."""
+        if asset.key not in self._lines.get(stage, {}):
+            reason = self.failures.get(stage, {}).get(asset.key, "not prepared")
+            raise InputError(f"{asset.id}: {stage}: {reason}")
+        path, offset, length = self._lines[stage][asset.key]
+        line = self.files.read(path, offset, length)
+        return StoredAsset(path.with_suffix(".tar"), entry_from_line(line), self.files)
+
+    def features(self, asset: PlannedAsset, names: Sequence[str]) -> SparseVoxels:
+        """Feature sets ``names`` (of one resolution) side by side, float32, on the voxels of one asset."""
+        features = self.open(asset, "features")
+        resolutions = {
+            int(features.info["resolution"][name]) for name in names if name in features.info["resolution"]
+        }
+        if len(resolutions) != 1:
+            known = dict(features.info["resolution"])
+            raise InputError(f"{self.root}: features {list(names)}: need one resolution; stored are {known}")
+        (resolution,) = resolutions
+        coords = self.open(asset, "voxels").coords(resolution)
+        parts = [features.tensors(f"{name}.safetensors")["feats"].float() for name in names]
+        batch = torch.zeros(len(coords), 1, dtype=torch.int32)
+        return SparseVoxels.from_coords(torch.cat([batch, coords], 1), torch.cat(parts, 1), resolution, 1)
+
+    def _scan(self, stage: str) -> None:
+        folder = self.root / stage
+        if not (folder / "settings.json").is_file():
+            raise InputError(f"{self.root}: stage {stage!r} was never prepared here")
+        lines, infos, failures = {}, {}, {}
+        for path in sorted(folder.glob("[0-9]*.json")):
+            for offset, line in _lines_with_offsets(path):
+                try:
+                    raw = json.loads(line)
+                    if "failed" in raw:
+                        failures[raw["key"]] = raw["failed"]
+                    else:
+                        lines[raw["key"]] = (path, offset, len(line))
+                        infos[raw["key"]] = raw["info"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise InputError(f"{path}: damaged index: {error}") from error
+        self._lines[stage], self._info[stage], self.failures[stage] = lines, infos, failures
+
+
+def open_in_shard(root: Path, stage: str, shard: int, key: str, files: OpenFiles) -> StoredAsset:
+    """One asset's members, from its shard's index alone. Raises InputError if it failed or is not there."""
+    path = index_path(root, stage, shard)
+    for entry in read_index(path).entries:
+        if entry.key == key:
+            if entry.failed is not None:
+                raise InputError(f"failed in {stage}: {entry.failed}")
+            return StoredAsset(tar_path(root, stage, shard), entry, files)
+    raise InputError(f"{path}: has no asset {key}")
+
+
+def occupancy(coords: Tensor, resolution: int) -> Tensor:
+    """Active cells int [N, 3] -> bool [R, R, R]."""
+    grid = torch.zeros((resolution,) * 3, dtype=torch.bool)
+    x, y, z = coords.long().unbind(-1)
+    grid[x, y, z] = True
+    return grid
+
+
+def _lines_with_offsets(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(offset, text without the separating comma) of each asset's line of an index."""
+    offset = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file):
+            if number > 0 and not line.startswith(b"]"):
+                yield offset, line.rstrip(b",\n")
+            offset += len(line)
