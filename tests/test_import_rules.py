@@ -12,18 +12,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 #: Folders and modules that put stages together; everything else that is not below is a stage.
-COMPOSING = {"__init__", "pipeline", "commands", "cli", "doctor", "data", "training"}
+COMPOSING = {"__init__", "pipeline", "commands", "cli", "doctor", "config", "data", "training"}
 #: What each layer may import of the package, besides itself.
 LAYERS: dict[str, set[str]] = {
     "types": set(),
     "errors": set(),
+    "files": set(),
     "kernels": set(),
-    "nn": {"kernels", "types", "errors"},
+    "nn": {"kernels", "types", "errors", "files"},
 }
-STAGE_MAY_IMPORT = {"nn", "kernels", "types", "errors"}
+STAGE_MAY_IMPORT = {"nn", "kernels", "types", "errors", "files"}
 
 #: Import names of the required dependencies in pyproject.toml.
-REQUIRED = {"torch", "numpy", "einops", "omegaconf", "PIL", "safetensors", "tqdm"}
+REQUIRED = {"torch", "numpy", "einops", "omegaconf", "PIL", "safetensors", "tqdm", "yaml"}
 #: The only modules that may use diffusers and transformers (inside functions).
 PROVIDERS = ("diff2to3.voxels.providers", "diff2to3.voxels.hub", "diff2to3.flow.conditioners")
 
@@ -159,7 +160,7 @@ def test_required_dependencies_are_those_of_the_project_file() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     block = text.split("\ndependencies = [")[1].split("]")[0]
     names = {line.strip().strip('",').split(">")[0] for line in block.splitlines() if line.strip()}
-    assert names == {{"PIL": "pillow"}.get(name, name) for name in REQUIRED}
+    assert names == {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in REQUIRED}
 
 
 @pytest.mark.parametrize(

@@ -163,13 +163,16 @@ def test_named_cuda_architectures_are_built(checkout: Path, stand_in: Path, tmp_
     assert sorted(Path(name).parent.name for name in names) == ["cpu", "cuda_sm80", "cuda_sm90"]
 
 
-def installed_report(python: Path, cwd: Path) -> dict[str, str]:
-    """Run a kernel of an installed package: which library served it, and from where."""
+def loaded_from(python: str | Path, cwd: Path, **environment: str) -> tuple[Path, Path]:
+    """The compiled library that the package loads when it runs in ``cwd``, and the file of its loader."""
     code = (
-        "import json, torch; from diff2to3.kernels import library; "
-        "print(json.dumps({'file': str(library.cpu_library_file()), 'package': library.__file__}))"
+        "from diff2to3.kernels import library; print('FOUND', library.cpu_library_file(), library.__file__)"
     )
-    return json.loads(run(python, "-c", code, cwd=cwd).splitlines()[-1])
+    (line,) = [
+        line for line in run(python, "-c", code, cwd=cwd, **environment).splitlines() if "FOUND" in line
+    ]
+    _, compiled, loader = line.split()
+    return Path(compiled), Path(loader)
 
 
 def new_environment(folder: Path) -> Path:
@@ -194,18 +197,15 @@ def test_real_installation_runs_compiled_kernels(how: str, tmp_path: Path) -> No
     else:
         option = ["-e"] if how == "editable" else []
         run(python, "-m", "pip", "install", "--no-deps", *option, checkout, cwd=tmp_path)
-    found = installed_report(python, tmp_path)
-    home = checkout if how == "editable" else tmp_path / "venv"
-    assert Path(found["package"]).is_relative_to(home)
-    assert Path(found["file"]).is_relative_to(Path(found["package"]).parent / "_lib" / "cpu")
+    compiled, loader = loaded_from(python, tmp_path)
+    assert loader.is_relative_to(checkout if how == "editable" else tmp_path / "venv")
+    assert compiled.is_relative_to(loader.parent / "_lib" / "cpu")
 
 
 @pytest.mark.slow
 def test_checkout_runs_without_being_installed(tmp_path: Path) -> None:
     checkout = copy_checkout(tmp_path / "checkout")
     (tmp_path / "home").mkdir()
-    code = "import diff2to3.kernels.library as library; print(library.variant_name(), library.__file__)"
-    printed = run(sys.executable, "-c", code, cwd=checkout, HOME=str(tmp_path / "home")).splitlines()[-1]
-    variant, file = printed.split()
-    assert variant in ("avx512", "avx2", "baseline")
-    assert file == str(checkout / "kernels" / "library.py")
+    compiled, loader = loaded_from(sys.executable, checkout, HOME=str(tmp_path / "home"))
+    assert loader == checkout / "kernels" / "library.py"
+    assert compiled.is_relative_to(tmp_path / "home")
