@@ -11,6 +11,7 @@ from diff2to3.errors import InputError, MissingDependencyError
 
 #: name -> one line of help. The module is diff2to3.commands.<name>.
 COMMANDS = {
+    "data": "make a training set from 3D files, and look at it",
     "doctor": "show what is built and found on this machine, and how to add what is missing",
 }
 

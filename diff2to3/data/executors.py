@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from diff2to3.assets.limits import LimitedWorker, WorkerError
 from diff2to3.data.plan import PlannedAsset
 from diff2to3.errors import InputError, MissingDependencyError
@@ -98,6 +100,22 @@ class Slot:
         if self.worker is not None:
             self.worker.close()
         self.worker = None
+
+
+class InlineExecutor:
+    """One task after another in this process: for debugging, without limits on time or memory."""
+
+    def map(self, work: Work, tasks: Sequence[Task]) -> Iterator[Outcome]:
+        """See :class:`Executor`."""
+        num_threads = torch.get_num_threads()
+        try:
+            for task in tasks:
+                yield work.run(work.context, task, 0)
+        finally:
+            torch.set_num_threads(num_threads)
+
+    def close(self) -> None:
+        pass
 
 
 class LocalExecutor:

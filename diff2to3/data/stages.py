@@ -116,6 +116,7 @@ class RenderStage:
             cameras |= {f"{name}.viewmats": viewmats, f"{name}.Ks": Ks}
         members["cameras.safetensors"] = save_tensors(cameras)
         info = {
+            "view_sets": {name: v.cameras.num_views for name, v in self.config.view_sets.items()},
             "faces": mesh.num_faces,
             "renderer": ", ".join(sorted(renderers)),
             "transform": [float(x) for x in mesh.transform.flatten()],

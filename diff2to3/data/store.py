@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,8 +92,7 @@ class StoredAsset:
         """The views ``index`` (all by default) of a set, of the render stage; with depth where wanted."""
         cameras = self.tensors("cameras.safetensors")
         if f"{view_set}.viewmats" not in cameras:
-            known = sorted(n.removesuffix(".Ks") for n in cameras if n.endswith(".Ks"))
-            raise InputError(f"{self.tar}: no view set {view_set!r}; known are {', '.join(known)}")
+            raise InputError(f"{self.tar}: no view set {view_set!r}; known are {', '.join(self.view_sets())}")
         viewmats, Ks = cameras[f"{view_set}.viewmats"], cameras[f"{view_set}.Ks"]
         index = range(len(Ks)) if index is None else index
         pictures = [decode_image(self.read(f"{view_set}_{i:03d}.webp")) for i in index]
@@ -111,10 +109,13 @@ class StoredAsset:
             stored,
         )
 
+    def view_sets(self) -> list[str]:
+        """Names of the view sets, of the render stage, in the order of the configuration."""
+        return list(self.info["view_sets"])
+
     def num_views(self, view_set: str) -> int:
         """How many views of a set are stored."""
-        pattern = re.compile(rf"{re.escape(view_set)}_\d+\.webp")
-        return sum(pattern.fullmatch(name) is not None for name in self.entry.members)
+        return int(self.info["view_sets"].get(view_set, 0))
 
     def coords(self, resolution: int) -> Tensor:
         """Active cells int32 [N, 3] of the R³ grid, of the voxel stage."""
