@@ -2,8 +2,8 @@
 
 Read here rather than by trimesh, which drops texture coordinates where faces with and without them mix,
 rounds colours to bytes, and goes on without textures it does not find. Polygons become fans. Smoothing
-groups, curves and every MTL statement but Kd, map_Kd, d, Tr and Ke are ignored. Kd is linear, as Blender's importer
-takes it.
+groups, curves and every MTL statement but Kd, map_Kd, d, Tr and Ke are ignored. Kd is linear, as Blender's
+importer takes it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Cameras around the object: where training and conditioning views are taken from. OpenCV axes, pixels.
 
 The published sets (paper section 4.1, from TRELLIS): 150 reconstruction views on a sphere of radius 2 with a
-40 degree field of view, and 24 conditioning views whose field of view varies while the object's bounding sphere
-just fills it. Directions are a Hammersley sequence with a random offset an asset, denser above the horizon than
-below.
+40 degree field of view, and 24 conditioning views whose field of view varies while the object's bounding
+sphere just fills it. Directions are a Hammersley sequence with a random offset an asset, denser above the
+horizon than below.
 """
 
 from __future__ import annotations

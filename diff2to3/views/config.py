@@ -17,6 +17,7 @@ class LightingConfig:
     dome_intensity  of the soft light from everywhere, at a surface that faces up
     dome_ground     radiance from below relative to above, in [0, 1]; in between it changes with the height
     dome_samples    directions in which the dome's shadows are traced
+    dome_resolution points a unit of length at which they are traced, once a mesh; interpolated in between
     key_intensity   of the directional light
     key_direction   towards the light, in the object frame
     key_angle       degrees from the middle of the light to its rim: how soft the key's shadows are
@@ -27,7 +28,8 @@ class LightingConfig:
     mode: str = "studio"
     dome_intensity: float = 0.75
     dome_ground: float = 0.45
-    dome_samples: int = 24
+    dome_samples: int = 64
+    dome_resolution: int = 128
     key_intensity: float = 0.4
     key_direction: tuple[float, float, float] = (0.5, -0.6, 0.8)
     key_angle: float = 4.0
@@ -37,8 +39,8 @@ class LightingConfig:
     def __post_init__(self) -> None:
         if self.mode not in ("studio", "unlit"):
             raise ValueError(f"mode: expected studio or unlit, got {self.mode!r}")
-        if self.dome_samples < 1 or self.key_samples < 1:
-            raise ValueError("dome_samples, key_samples: expected at least 1")
+        if min(self.dome_samples, self.dome_resolution, self.key_samples) < 1:
+            raise ValueError("dome_samples, dome_resolution, key_samples: expected at least 1")
         if not any(self.key_direction):
             raise ValueError("key_direction: expected a direction, got zeros")
         if not 0 <= self.dome_ground <= 1:
@@ -73,7 +75,7 @@ class BlenderConfig:
 class RenderConfig:
     """How views are rendered.
 
-    renderer     "raycast" (CPU, Embree), "kaolin" (visibility on the GPU), "blender" (Cycles, the published look)
+    renderer     "raycast" (CPU, Embree), "kaolin" (visibility on the GPU) or "blender" (Cycles)
     lighting     see :class:`LightingConfig`
     supersample  samples a pixel along each side: 2 means 2 x 2
     outputs      which of depths, normals, points, triangle_ids to return beside colour and alpha

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from diff2to3.views.config import LightingConfig
+from diff2to3.views.dome import DomeCache
 from diff2to3.views.raycast import SURFACE_OFFSET, RayScene
 from diff2to3.views.surface import Surface
+
+
+class SurfacePoints(NamedTuple):
+    """n points of faces, seen from one side. Normals are unit and on that side."""
+
+    faces: np.ndarray  # int [n]
+    sides: np.ndarray  # int [n]: 0 the side from which the face winds counter-clockwise, 1 the other
+    u: np.ndarray  # float32 [n], barycentric
+    v: np.ndarray  # float32 [n]
+    points: np.ndarray  # float32 [n, 3]
+    flat: np.ndarray  # float32 [n, 3], geometric normals
+    shading: np.ndarray  # float32 [n, 3], normals as the file smooths them
+
 
 _GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
 
@@ -23,48 +38,47 @@ class Lights:
         self._base, self._slope = (1 + config.dome_ground) / 2, (1 - config.dome_ground) / 2
         self._scale = config.dome_intensity / (self._base + 2 / 3 * self._slope)
         self._dome = _fibonacci_sphere(config.dome_samples)
+        self._seen = DomeCache(surface, 1 / config.dome_resolution, self._dome_visibility)
         self._key = _cone(np.array(config.key_direction), math.radians(config.key_angle), config.key_samples)
 
-    def irradiance(self, points: np.ndarray, facing: np.ndarray, shading: np.ndarray) -> np.ndarray:
-        """Light on a white surface, relative to what it reflects at most: float32 [n].
-
-        points [n, 3]; facing [n, 3], the geometric normal on the viewer's side; shading [n, 3], the normal that
-        the file smooths.
-        """
-        start = points + np.float32(SURFACE_OFFSET) * facing
-        light = self._dome_light(shading) * self._dome_visibility(start, facing, shading)
-        return light + self._key_light(start, facing, shading)
+    def irradiance(self, at: SurfacePoints) -> np.ndarray:
+        """Light on a white surface, relative to what it reflects at most: float32 [n]."""
+        dome = self._dome_light(at.shading)
+        if self._shadows is not None:
+            dome *= self._seen.read(at.faces, at.sides, at.u, at.v)
+        return dome + self._key_light(at.points, at.flat, at.shading)
 
     def _dome_light(self, shading: np.ndarray) -> np.ndarray:
         """The unshadowed integral of L(w) (n.w)+ over the sphere, over pi, in closed form."""
-        return np.float32(self._scale) * (
-            np.float32(self._base) + np.float32(2 / 3 * self._slope) * shading[:, 2]
-        )
+        level, slope = self._scale * self._base, self._scale * self._slope * 2 / 3
+        return np.float32(level) + np.float32(slope) * shading[:, 2]
 
-    def _dome_visibility(self, start: np.ndarray, facing: np.ndarray, shading: np.ndarray) -> np.ndarray:
+    def _dome_visibility(self, points: np.ndarray, flat: np.ndarray, shading: np.ndarray) -> np.ndarray:
         """Share of the dome's light that is not blocked: float32 [n].
 
         A ratio of sums over fixed directions, so that a surface with a free view gets exactly 1, however few
-        directions there are.
+        directions there are. Directions below the flat surface, which a smoothed normal may face, do not
+        count.
         """
-        if self._shadows is None:
-            return np.ones(len(start), np.float32)
+        assert self._shadows is not None
+        start = points + np.float32(SURFACE_OFFSET) * flat
         seen, total = np.zeros(len(start), np.float32), np.full(len(start), 1e-6, np.float32)
         for direction in self._dome:
             weight = _dot(shading, direction) * np.float32(self._base + self._slope * direction[2])
-            rows = np.flatnonzero((weight > 0) & (_dot(facing, direction) > 0))
+            rows = np.flatnonzero((weight > 0) & (_dot(flat, direction) > 0))
             weight = weight[rows]
             total[rows] += weight
             seen[rows] += weight * self._shadows.transmitted(start[rows], direction)
         return np.where(total > 1e-5, seen / total, np.float32(1))
 
-    def _key_light(self, start: np.ndarray, facing: np.ndarray, shading: np.ndarray) -> np.ndarray:
-        light = np.zeros(len(start), np.float32)
+    def _key_light(self, points: np.ndarray, flat: np.ndarray, shading: np.ndarray) -> np.ndarray:
+        light = np.zeros(len(points), np.float32)
         if self.config.key_intensity <= 0:
             return light
+        start = points + np.float32(SURFACE_OFFSET) * flat
         for direction in self._key:
             cosine = _dot(shading, direction)
-            rows = np.flatnonzero((cosine > 0) & (_dot(facing, direction) > 0))
+            rows = np.flatnonzero((cosine > 0) & (_dot(flat, direction) > 0))
             lit = cosine[rows]
             if self._shadows is not None:
                 lit = lit * self._shadows.transmitted(start[rows], direction)

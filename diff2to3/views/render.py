@@ -1,9 +1,9 @@
-"""Views of a mesh: RGBA, depth, normals, point maps and triangle ids from one pass, by a choice of renderers."""
+"""Views of a mesh: RGBA, depth, normals, points and triangle ids from one pass, by a choice of renderers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -12,14 +12,17 @@ from torch import Tensor
 from diff2to3.types import Mesh, Views
 from diff2to3.views.config import RenderConfig
 
+if TYPE_CHECKING:
+    from diff2to3.views.tracer import Frames
+
 
 @dataclass(frozen=True)
 class RenderedViews(Views):
     """:class:`Views` and what else the pass gave; each is None unless ``RenderConfig.outputs`` asked for it.
 
-    depths, normals, points and triangle_ids belong to the ray through the pixel's centre and to the first surface
-    on it that is at least half opaque; alphas and images are averages over the pixel. So a pixel at an outline
-    may have alpha and no depth.
+    depths, normals, points and triangle_ids belong to the ray through the pixel's centre and to the first
+    surface on it that is at least half opaque; alphas and images are averages over the pixel. So a pixel at
+    an outline may have alpha and no depth.
 
     normals       [V, H, W, 3]     unit shading normals in the object frame, on the camera's side; 0 elsewhere
     points        [V, H, W, 3]     where the ray meets the surface, in the object frame; 0 where it meets none
@@ -61,7 +64,7 @@ def render_views(
     height: int,
     config: RenderConfig | None = None,
 ) -> RenderedViews:
-    """``mesh`` from V cameras: viewmats [V, 4, 4] world -> camera, Ks [V, 3, 3] in pixels. CPU tensors out."""
+    """``mesh`` from V cameras: viewmats [V, 4, 4] world -> camera, Ks [V, 3, 3] in pixels. On the CPU."""
     return make_renderer(mesh, config).render(viewmats, Ks, width, height)
 
 
@@ -74,14 +77,13 @@ class RaycastRenderer:
         self._tracer = Tracer(mesh, config)
 
     def render(self, viewmats: Tensor, Ks: Tensor, width: int, height: int) -> RenderedViews:
-        from diff2to3.views.tracer import Camera
+        from diff2to3.views.tracer import Camera, Frames
 
         check_cameras(viewmats, Ks, width, height)
-        cameras = [
-            Camera.of(viewmat, K, width, height)
-            for viewmat, K in zip(viewmats.cpu().numpy(), Ks.cpu().numpy(), strict=True)
-        ]
-        return pack_frames([self._tracer.render(camera) for camera in cameras], viewmats, Ks, self.name)
+        frames = Frames(len(viewmats), height, width, self._tracer.config.outputs)
+        for view, (viewmat, K) in enumerate(zip(viewmats.cpu().numpy(), Ks.cpu().numpy(), strict=True)):
+            self._tracer.render(Camera.of(viewmat, K, width, height), frames, view)
+        return pack_frames(frames, viewmats, Ks, self.name)
 
     @property
     def name(self) -> str:
@@ -105,23 +107,20 @@ def check_cameras(viewmats: Tensor, Ks: Tensor, width: int, height: int) -> None
         raise ValueError("viewmats, Ks: expected finite numbers")
 
 
-def pack_frames(frames: list, viewmats: Tensor, Ks: Tensor, name: str) -> RenderedViews:
-    """Stack frames (objects with the arrays of :class:`diff2to3.views.tracer.Frame`) into views."""
+def pack_frames(frames: Frames, viewmats: Tensor, Ks: Tensor, name: str) -> RenderedViews:
+    """The arrays of a renderer as views, without a copy."""
 
-    def stack(key: str) -> Tensor | None:
-        arrays = [getattr(frame, key) for frame in frames]
-        return None if arrays[0] is None else torch.from_numpy(np.stack(arrays))
+    def tensor(array: np.ndarray | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(array)
 
-    images, alphas = stack("images"), stack("alphas")
-    assert images is not None and alphas is not None
     return RenderedViews(
-        images=images,
-        alphas=alphas,
+        images=torch.from_numpy(frames.images),
+        alphas=torch.from_numpy(frames.alphas),
         viewmats=viewmats.cpu().float(),
         Ks=Ks.cpu().float(),
-        depths=stack("depths"),
-        normals=stack("normals"),
-        points=stack("points"),
-        triangle_ids=stack("triangle_ids"),
+        depths=tensor(frames.depths),
+        normals=tensor(frames.normals),
+        points=tensor(frames.points),
+        triangle_ids=tensor(frames.triangle_ids),
         renderer=name,
     )

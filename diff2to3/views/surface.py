@@ -13,7 +13,7 @@ _NO_TEXTURE = -1
 
 
 class Surface:
-    """Tables by face, and lookups for n points at once: ``faces`` int [n], barycentric ``u`` and ``v`` [n]."""
+    """Tables by face, and lookups for n points at once: ``faces``, barycentric ``u`` and ``v``, each [n]."""
 
     def __init__(self, mesh: Mesh, smooth: bool = True) -> None:
         self.mesh = mesh
@@ -36,7 +36,6 @@ class Surface:
         self._cutoff = np.array([m.alpha_cutoff for m in materials], np.float32)[ids]
         self.double_sided = np.array([m.double_sided for m in materials], bool)[ids]
         self.unlit = np.array([m.unlit for m in materials], bool)[ids]
-        self.glows = (self.emissive > 0).any(1)
         #: Faces that nothing shines through, anywhere.
         self.opaque = self._alpha_mode == _OPAQUE
 
@@ -56,6 +55,7 @@ class Surface:
         self._base_texture, self._emissive_texture = rows["base_color_texture"], rows["emissive_texture"]
         self._pack = TexturePack(textures)
         self.textured = self._base_texture >= 0
+        self._has_emissive_texture = bool((self._emissive_texture >= 0).any())
         #: Faces whose colour changes from point to point.
         self.varying = self.textured | (self.mesh.colors is not None)
         self._uvs = None
@@ -68,10 +68,10 @@ class Surface:
             self._uvs = uvs[self.mesh.faces]  # [F, 3, 2]
             a, b, c = np.moveaxis(self._uvs.astype(np.float64), 1, 0)
             uv_area = np.abs((b - a)[:, 0] * (c - a)[:, 1] - (b - a)[:, 1] * (c - a)[:, 0])
-            # log2 of texture widths a unit of length on the surface, up to the number of texels
-            with np.errstate(divide="ignore"):
-                density = 0.5 * np.log2(uv_area / np.maximum(self._doubled_area, 1e-38))
-            self._uv_density = np.maximum(density, -60.0)
+            # Texels along a unit of length on the surface, of the base texture; the emissive one may differ.
+            density = np.sqrt(uv_area / np.maximum(self._doubled_area, 1e-38))
+            self._uv_density = np.maximum(density, 1e-12).astype(np.float32)
+            self._texel_density = self._uv_density * self._pack.mean_size(self._base_texture) * self.textured
 
     def positions(self, faces: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         """float32 [n, 3]."""
@@ -104,6 +104,13 @@ class Surface:
         rgba[:, 3] = self._opacity(faces, rgba[:, 3])
         return rgba
 
+    def is_minified(self, faces: np.ndarray, footprint: np.ndarray) -> np.ndarray:
+        """Whether more than one texel of the base colour lies under ``footprint`` [n]: bool [n]."""
+        if not self.textured.any():
+            return np.zeros(len(faces), bool)
+        texels = self._texel_density[faces] * footprint
+        return np.asarray(texels > 1)
+
     def opacities(self, faces: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         """Opacity alone, at full texture resolution, for shadows: float32 [n]."""
         return self.base_colors(faces, u, v, np.zeros(len(faces), np.float32))[:, 3]
@@ -111,6 +118,8 @@ class Surface:
     def emission(self, faces: np.ndarray, u: np.ndarray, v: np.ndarray, footprint: np.ndarray) -> np.ndarray:
         """Linear RGB that the surface sends out by itself: float32 [n, 3]."""
         light = self.emissive[faces]
+        if not self._has_emissive_texture:
+            return light
         rows = np.flatnonzero(self._emissive_texture[faces] >= 0)
         if len(rows):
             f = faces[rows]
@@ -124,8 +133,9 @@ class Surface:
         corners = self._uvs[faces]
         uvs = corners[:, 0] + u[:, None] * (corners[:, 1] - corners[:, 0])
         uvs += v[:, None] * (corners[:, 2] - corners[:, 0])
-        lods = np.log2(np.maximum(footprint, 1e-20)) + self._uv_density[faces]
-        lods += self._pack.half_log_area(textures)
+        lods = np.log2(
+            np.maximum(footprint, 1e-20) * self._uv_density[faces] * self._pack.mean_size(textures)
+        )
         return self._pack.sample(textures, uvs, lods)
 
     def _opacity(self, faces: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -138,7 +148,7 @@ class Surface:
 
 
 def _interpolate(values: np.ndarray, corners: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Vertex ``values`` [P, k] at barycentric points of faces with vertex indices ``corners`` [n, 3]: [n, k]."""
+    """Vertex ``values`` [P, k] at points of faces with vertex indices ``corners`` [n, 3]: [n, k]."""
     u, v = u[:, None], v[:, None]
     blend = values[corners[:, 0]] * (1 - u - v)
     blend += values[corners[:, 1]] * u

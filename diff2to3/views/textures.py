@@ -1,7 +1,7 @@
 """Texture sampling for many points at once: all textures of a mesh in one buffer, with mip levels.
 
-Filtering is done in linear light, as GPUs do it: texels are decoded before they are averaged (glTF 2.0 section
-3.8.4 for wrapping and filters).
+Filtering is done in linear light, as GPUs do it: texels are decoded before they are averaged (glTF 2.0
+section 3.8.4 for wrapping and filters).
 """
 
 from __future__ import annotations
@@ -50,16 +50,15 @@ class TexturePack:
         self._table = np.array(self._levels, np.int64).reshape(-1, 3)
         self._first = np.array(first, np.int64)
         self._last = np.array(counts, np.int64) - 1
-        self._textures = list(textures)
+        self._sizes = np.sqrt(np.array([t.pixels.size / 4 for t in textures], np.float32))
         self._wraps = np.array([[_WRAP_CODES[w] for w in t.wrap] for t in textures], np.int8).reshape(-1, 2)
         self._nearest_mag = np.array([t.mag_filter == "nearest" for t in textures], bool)
         self._nearest_min = np.array([t.min_filter == "nearest" for t in textures], bool)
         self._nearest_mip = np.array([t.mip_filter != "linear" for t in textures], bool)
 
-    def half_log_area(self, index: np.ndarray) -> np.ndarray:
-        """log2 of the square root of the number of texels of textures ``index``."""
-        sizes = self._table[self._first[index]]
-        return 0.5 * np.log2(np.maximum(sizes[:, 1] * sizes[:, 2], 1))
+    def mean_size(self, index: np.ndarray) -> np.ndarray:
+        """Square root of the number of texels of textures ``index`` [n]: float32 [n]."""
+        return self._sizes[index]
 
     def sample(self, index: np.ndarray, uvs: np.ndarray, lods: np.ndarray) -> np.ndarray:
         """Linear RGBA, float32 [n, 4], of textures ``index`` [n] at ``uvs`` [n, 2] and levels of detail [n].
