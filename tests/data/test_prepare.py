@@ -1,0 +1,486 @@
+"""Preparing a dataset: right content, and the same bytes however it is run, interrupted or damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diff2to3.config import save_config
+from diff2to3.data.executors import InlineExecutor, LocalExecutor, Outcome, Slot, Task, Work
+from diff2to3.data.plan import PlannedAsset
+from diff2to3.data.prepare import prepare
+from diff2to3.data.schema import DataConfig, FilterConfig, LimitConfig, ViewSetConfig
+from diff2to3.data.shards import index_path, read_index, tar_path
+from diff2to3.data.source import AssetSource
+from diff2to3.data.store import AssetStore
+from diff2to3.errors import InputError
+from diff2to3.views.cameras import generator_for, sample_cameras
+from diff2to3.views.render import render_views
+from diff2to3.voxels.aggregate import aggregate_features
+from diff2to3.voxels.providers import RgbFeatures
+from diff2to3.voxels.voxelise import voxelise
+
+Settings = Callable[..., DataConfig]
+Content = Callable[[Path], dict[str, str]]
+
+
+def test_what_is_stored_is_what_the_parts_compute(prepared: Path, settings: Settings) -> None:
+    store, config = AssetStore(prepared), settings(prepared)
+    source = AssetSource(config)
+    source.open()
+    assert [a.id for a in store.assets()] == [f"pack/box-{i}" for i in range(8)]
+    for asset in store.assets()[:3]:
+        mesh = source.load(asset.id)
+        viewmats, Ks = sample_cameras(
+            config.view_sets["input"].cameras, 48, 48, generator_for(3, asset.id, "input")
+        )
+        rendered = render_views(mesh, viewmats, Ks, 48, 48, replace(config.render, outputs=("depths",)))
+        stored = store.open(asset, "render").views("input", depths=True)
+        assert torch.equal(stored.viewmats, viewmats) and torch.equal(stored.Ks, Ks)
+        torch.testing.assert_close(stored.alphas, rendered.alphas, rtol=0, atol=0.51 / 255)
+        shown = rendered.alphas > 0.01
+        torch.testing.assert_close(stored.images[shown], rendered.images[shown], rtol=0, atol=0.51 / 255)
+        assert stored.depths is not None and rendered.depths is not None
+        torch.testing.assert_close(stored.depths, rendered.depths, rtol=0, atol=1.75 / 65534)
+
+        for resolution in (16, 32):
+            coords = store.open(asset, "voxels").coords(resolution)
+            assert coords.tolist() == voxelise(mesh.triangles, resolution).tolist()
+            assert store.info(asset, "voxels")["num_voxels"][str(resolution)] == len(coords)
+        coords = store.open(asset, "voxels").coords(16)
+        for name, mode in (("rgb", "visible"), ("rgb_mean", "mean")):
+            want = aggregate_features(stored, coords, 16, RgbFeatures(), mode=mode)
+            torch.testing.assert_close(store.features(asset, [name]).feats, want.feats, rtol=0, atol=5e-4)
+        both = store.features(asset, ["rgb", "stats"])
+        assert both.feats.shape == (len(coords), 9) and both.resolution == 16
+        transform = torch.tensor(store.info(asset, "render")["transform"]).reshape(4, 4)
+        torch.testing.assert_close(transform.double(), torch.from_numpy(mesh.transform))
+
+
+def test_shards_are_plain_tar_files_in_webdataset_layout(prepared: Path) -> None:
+    index = read_index(index_path(prepared, "render", 0))
+    with tarfile.open(tar_path(prepared, "render", 0)) as archive:
+        names = archive.getnames()
+        assert len(names) == sum(len(e.members) for e in index.entries)
+        for entry in index.entries:
+            for member, (_, size) in entry.members.items():
+                data = archive.extractfile(f"{entry.key}.{member}")
+                assert data is not None and len(data.read()) == size
+    keys = [name.split(".", 1)[0] for name in names]
+    assert keys == sorted(keys, key=keys.index) and len(set(keys)) == 3
+
+
+class CountingExecutor(InlineExecutor):
+    """Notes the tasks it was given."""
+
+    def __init__(self) -> None:
+        self.tasks: list[Task] = []
+
+    def map(self, work: Work, tasks: Sequence[Task]) -> Iterator[Outcome]:
+        self.tasks += tasks
+        return super().map(work, tasks)
+
+
+def test_a_second_run_does_nothing(prepared: Path, settings: Settings, content_of: Content) -> None:
+    before, executor = content_of(prepared), CountingExecutor()
+    reports = prepare(settings(prepared), executor)
+    assert executor.tasks == [] and content_of(prepared) == before
+    assert [(r.num_made, r.num_assets, r.failed) for r in reports] == [(0, 8, {})] * 3
+
+
+class TestSameBytes:
+    def test_job_arrays_in_any_order(
+        self, tmp_path: Path, prepared: Path, settings: Settings, content_of: Content
+    ) -> None:
+        for i in (2, 0, 1):
+            prepare(settings(tmp_path / "set"), InlineExecutor(), part=(i, 3))
+        assert content_of(tmp_path / "set") == content_of(prepared)
+
+    def test_two_local_workers(
+        self, tmp_path: Path, prepared: Path, settings: Settings, content_of: Content
+    ) -> None:
+        executor = LocalExecutor(2)
+        try:
+            prepare(settings(tmp_path / "set"), executor)
+        finally:
+            executor.close()
+        assert content_of(tmp_path / "set") == content_of(prepared)
+
+    def test_stages_one_at_a_time(
+        self, tmp_path: Path, prepared: Path, settings: Settings, content_of: Content
+    ) -> None:
+        for stage in ("voxels", "render", "features"):
+            prepare(settings(tmp_path / "set", stages=[stage]), InlineExecutor())
+        assert content_of(tmp_path / "set") == content_of(prepared)
+
+    def test_other_feature_chunks(
+        self, tmp_path: Path, prepared: Path, settings: Settings, content_of: Content
+    ) -> None:
+        config = settings(tmp_path / "set")
+        features = {name: replace(f, view_chunk=5, device="cpu") for name, f in config.features.items()}
+        prepare(replace(config, features=features), InlineExecutor())
+        assert content_of(tmp_path / "set") == content_of(prepared)
+
+
+class TestRepair:
+    """Each kind of damage is found, and repaired to the same bytes with as little work as possible."""
+
+    def copy(self, prepared: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(prepared, tmp_path / "set"))
+
+    def repaired(self, root: Path, settings: Settings) -> tuple[list[str], list[str]]:
+        executor = CountingExecutor()
+        reports = prepare(settings(root), executor)
+        tasks = [f"{t.stage}:{t.asset.id.rsplit('/')[-1]}" for t in executor.tasks]
+        return tasks, [shard for report in reports for shard in report.repaired]
+
+    def test_one_flipped_byte(
+        self, tmp_path: Path, prepared: Path, settings: Settings, content_of: Content
+    ) -> None:
+        root = self.copy(prepared, tmp_path)
+        entry = read_index(index_path(root, "render", 1)).entries[2]
+        with open(tar_path(root, "render", 1), "r+b") as file:
+            file.seek(entry.offset + entry.size // 2)
+            byte = file.read(1)
+            file.seek(-1, 1)
+            file.write(bytes([byte[0] ^ 1]))
+        tasks, found = self.repaired(root, settings)
+        assert found == ["render/00001"]
+        assert tasks == ["render:box-5"]
+        assert content_of(root) == content_of(prepared)
+
+    def test_truncated_and_missing_shards(
+        self, tmp_path: Path, prepared: Path, settings: Settings, content_of: Content
+    ) -> None:
+        root = self.copy(prepared, tmp_path)
+        path = tar_path(root, "features", 0)
+        path.write_bytes(path.read_bytes()[: read_index(index_path(root, "features", 0)).entries[1].offset])
+        tar_path(root, "voxels", 2).unlink()
+        tasks, found = self.repaired(root, settings)
+        assert found == ["voxels/00002", "features/00000"]
+        assert tasks == ["voxels:box-6", "voxels:box-7", "features:box-1", "features:box-2"]
+        assert content_of(root) == content_of(prepared)
+
+    def test_damaged_and_missing_indexes(
+        self, tmp_path: Path, prepared: Path, settings: Settings, content_of: Content
+    ) -> None:
+        root = self.copy(prepared, tmp_path)
+        index_path(root, "voxels", 0).write_text("{")
+        index_path(root, "render", 2).unlink()
+        tasks, found = self.repaired(root, settings)
+        assert found == ["voxels/00000"]
+        assert tasks == ["render:box-6", "render:box-7", "voxels:box-0", "voxels:box-1", "voxels:box-2"]
+        assert content_of(root) == content_of(prepared)
+
+    def test_leftovers_of_killed_runs(
+        self, tmp_path: Path, prepared: Path, settings: Settings, content_of: Content
+    ) -> None:
+        root = self.copy(prepared, tmp_path)
+        (root / "render/.00001.tar.4242.tmp").write_bytes(b"half")
+        staging = root / ".staging/render/00001"
+        staging.mkdir(parents=True)
+        (staging / "somebody.part").write_bytes(b"half a par")
+        assert self.repaired(root, settings) == ([], [])
+        assert content_of(root) == content_of(prepared)
+        assert not (root / ".staging").exists()
+
+    def test_parts_of_other_settings_are_not_used(
+        self, tmp_path: Path, prepared: Path, settings: Settings, content_of: Content
+    ) -> None:
+        from diff2to3.data.shards import Part, part_path, write_part
+
+        root = self.copy(prepared, tmp_path)
+        key = read_index(index_path(root, "voxels", 0)).entries[0].key
+        index_path(root, "voxels", 0).unlink()
+        write_part(part_path(root, "voxels", 0, key), key, Part({"x": b"stale"}), "another stamp")
+        assert "voxels:box-0" in self.repaired(root, settings)[0]
+        assert content_of(root) == content_of(prepared)
+
+
+class TestRefusals:
+    def test_other_settings_in_the_same_folder(self, prepared: Path, settings: Settings) -> None:
+        with pytest.raises(
+            InputError, match=r"render was prepared with other settings \(seed: 3 there, 4 now\)"
+        ):
+            prepare(settings(prepared, seed=4), InlineExecutor())
+        sets = {"input": ViewSetConfig(64, depths=True)}
+        with pytest.raises(InputError, match=r"view_sets\.input\.size: 48 there, 64 now"):
+            prepare(settings(prepared, view_sets=sets, features={}, stages=["render"]), InlineExecutor())
+
+    def test_sources_without_assets(self, tmp_path: Path, settings: Settings) -> None:
+        with pytest.raises(InputError, match="no asset passes the filters"):
+            config = settings(tmp_path / "set", filter=FilterConfig(splits=["nothing"]))
+            prepare(config, InlineExecutor())
+        assert not (tmp_path / "set").exists()
+
+    def test_stages_without_their_inputs(self, tmp_path: Path, settings: Settings) -> None:
+        with pytest.raises(InputError, match="features needs render"):
+            prepare(settings(tmp_path / "set", stages=["features"]), InlineExecutor())
+        with pytest.raises(InputError, match="unknown stage 'latent'"):
+            prepare(settings(tmp_path / "set", stages=["latent"]), InlineExecutor())
+
+    def test_missing_weights_stop_the_run_and_blame_no_asset(
+        self, tmp_path: Path, settings: Settings
+    ) -> None:
+        config = settings(tmp_path / "set")
+        bad = replace(config.features["rgb"], provider="taef2", weights=str(tmp_path / "gone.safetensors"))
+        with pytest.raises(InputError, match=r"gone\.safetensors: no such file"):
+            prepare(replace(config, features={"taef2": bad}), InlineExecutor())
+        assert not list((tmp_path / "set").glob("features/0*"))
+
+    def test_a_part_outside_the_array(self, tmp_path: Path, settings: Settings) -> None:
+        with pytest.raises(InputError, match="0 <= i < n"):
+            prepare(settings(tmp_path), InlineExecutor(), part=(3, 3))
+
+
+def test_a_grown_source_goes_to_new_shards(tmp_path: Path, prepared: Path, settings: Settings) -> None:
+    root = tmp_path / "set"
+    prepare(settings(root, filter=FilterConfig(limit=4)), InlineExecutor())
+    first = {p: p.stat().st_mtime_ns for p in root.rglob("0*.tar")}
+    executor = CountingExecutor()
+    prepare(settings(root), executor)
+    assert {t.asset.id.rsplit("/")[-1] for t in executor.tasks} == {f"box-{i}" for i in range(4, 8)}
+    assert {p: p.stat().st_mtime_ns for p in first} == first
+    store = AssetStore(root)
+    assert [a.shard for a in store.plan] == [0, 0, 0, 1, 2, 2, 2, 3]
+    assert len(store.assets()) == 8
+
+
+def empty_scene() -> bytes:
+    """A valid GLB with no mesh in it."""
+    document = b'{"asset":{"version":"2.0"},"scenes":[{"nodes":[]}],"scene":0}'
+    document += b" " * (-len(document) % 4)
+    header = b"glTF" + struct.pack("<II", 2, 20 + len(document))
+    return header + struct.pack("<II", len(document), 0x4E4F534A) + document
+
+
+class TestFailures:
+    @pytest.fixture
+    def mixed(self, tmp_path: Path, boxes: Path, settings: Settings) -> DataConfig:
+        """Good boxes among files that cannot be used."""
+        trimesh = pytest.importorskip("trimesh")
+        with zipfile.ZipFile(boxes / "pack.zip") as archive:
+            good = [archive.read(f"pack/box-{i}.glb") for i in range(3)]
+        nan = trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [0, np.nan, 0]], [[0, 1, 2]], process=False)
+        cloud = trimesh.PointCloud(np.random.default_rng(0).random((50, 3)))
+        ball = trimesh.creation.icosphere(4)  # 5120 faces
+        files = {
+            "good-0.glb": good[0],
+            "cut.glb": good[1][: len(good[1]) // 2],
+            "nan.glb": nan.export(file_type="glb"),
+            "empty.glb": empty_scene(),
+            "good-1.glb": good[1],
+            "cloud.ply": cloud.export(file_type="ply"),
+            "large.glb": ball.export(file_type="glb"),
+            "good-2.glb": good[2],
+        }
+        source = tmp_path / "mixed"
+        source.mkdir()
+        with zipfile.ZipFile(source / "pack.zip", "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+            archive.writestr("../escaped.glb", good[0])
+        names = [*files, "../escaped.glb"]
+        rows = [
+            {"id": Path(name).stem, "file": name, "pack": "pack", "license": "CC0-1.0", "split": "train"}
+            for name in names
+        ]
+        (source / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return settings(tmp_path / "set", source=str(source), limits=LimitConfig(max_faces=5000))
+
+    def test_each_is_reported_by_name_and_reason_and_the_rest_go_on(self, mixed: DataConfig) -> None:
+        reports = prepare(mixed, InlineExecutor())
+        said = reports[0].failed
+        assert set(said) == {"cut", "nan", "empty", "cloud", "large", "escaped"}
+        for name, pattern in {
+            "cut": "cut short|damaged|truncated|bytes",
+            "nan": "finite|NaN",
+            "empty": "no (triangle|mesh|face|geometry)",
+            "cloud": "no (triangle|mesh|face)|point",
+            "large": "5,120 .* over the limit of 5,000",
+            "escaped": r"\.\./escaped\.glb.*refused",
+        }.items():
+            assert re.search(pattern, said[name], re.I), (name, said[name])
+        assert {k: v.split(":")[0] for k, v in reports[2].failed.items()} == {
+            k: "failed in render" for k in said
+        }
+        store = AssetStore(mixed.out)
+        assert [a.id for a in store.assets()] == ["good-0", "good-1", "good-2"]
+        assert store.failures["render"][store.plan[2].key] == said["nan"]
+        with pytest.raises(InputError, match="nan: render: "):
+            store.open(store.plan[2], "render")
+
+    def test_retry_takes_up_failed_assets_only(self, mixed: DataConfig) -> None:
+        prepare(mixed, InlineExecutor())
+        executor = CountingExecutor()
+        prepare(mixed, executor)
+        assert executor.tasks == []
+        reports = prepare(replace(mixed, limits=LimitConfig()), executor, retry_failed=True)
+        tried = {t.asset.id for t in executor.tasks if t.stage == "render"}
+        assert tried == {"cut", "nan", "empty", "cloud", "large", "escaped"}
+        assert set(reports[0].failed) == tried - {"large"}
+        assert "large" in [a.id for a in AssetStore(mixed.out).assets()]
+
+    def test_an_unexpected_error_is_a_failure_with_its_traceback_in_the_log(
+        self, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from diff2to3.voxels import voxelise as module
+
+        def broken(triangles: np.ndarray, resolution: int) -> np.ndarray:
+            raise ZeroDivisionError("by the test")
+
+        monkeypatch.setattr(module, "voxelise", broken)
+        (report,) = prepare(settings(tmp_path / "set", stages=["voxels"]), InlineExecutor())
+        assert set(report.failed.values()) == {"ZeroDivisionError: by the test"} and len(report.failed) == 8
+        logged = [json.loads(line) for line in next((tmp_path / "set/logs").iterdir()).open()]
+        assert "in broken" in logged[0]["traceback"] and logged[0]["id"] == "pack/box-0"
+
+
+STAND_INS = """
+import os, time
+from diff2to3.data.executors import Outcome
+
+def run(context, task, slot):
+    if task.stage == "crash":
+        os._exit(3)
+    if task.stage == "hang":
+        time.sleep(60)
+    if task.stage == "bug":
+        raise ZeroDivisionError
+    return Outcome(task, {})
+
+def fail(context, task, reason):
+    with open(context, "a") as file:
+        print(task.stage, reason, file=file)
+"""
+
+
+def test_crashes_bugs_and_hangs_cost_one_task_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stand_ins.py").write_text(STAND_INS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(Slot, "TRIES", 1)
+    import stand_ins  # type: ignore[import-not-found]
+
+    executor = LocalExecutor(1)
+    work = Work(str(tmp_path / "failures"), stand_ins.run, stand_ins.fail, seconds=1.5)
+    tasks = [Task(name, PlannedAsset(0, name, name), "") for name in ("crash", "fine", "bug", "hang", "last")]
+    try:
+        got = {o.task.stage: o for o in executor.map(work, tasks)}
+    finally:
+        executor.close()
+    assert (got["fine"], got["last"]) == (Outcome(tasks[1], {}), Outcome(tasks[4], {}))
+    assert "exit code 3" in str(got["crash"].failed)
+    assert "longer than the limit of 1.5 s" in str(got["hang"].failed)
+    assert got["bug"].fatal == "ZeroDivisionError" and "in run" in str(got["bug"].traceback)
+    recorded = (tmp_path / "failures").read_text().splitlines()
+    assert [line.split()[0] for line in recorded] == ["crash", "hang"]
+
+
+class _Crash(BaseException):
+    """Stands for the loss of the process: nothing may be cleaned up after it."""
+
+
+def test_survives_a_crash_at_any_write(
+    tmp_path: Path, prepared: Path, settings: Settings, content_of: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs that end in the middle of their n-th write or rename, again and again, until one gets through."""
+    real = {name: getattr(os, name) for name in ("fsync", "replace", "unlink", "rmdir")}
+    rng = np.random.default_rng(0)
+    left = 0
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left <= 0:
+                raise _Crash
+            return real[name](*args, **kwargs)
+
+        return call
+
+    for name in real:
+        monkeypatch.setattr(os, name, counted(name))
+    crashes, finished = 0, False
+    while not finished:
+        left = int(rng.integers(2, 40))
+        try:
+            prepare(settings(tmp_path / "set"), InlineExecutor())
+            finished = True
+        except _Crash:
+            crashes += 1
+            assert crashes < 200
+    monkeypatch.undo()
+    assert crashes >= 8
+    visible = {k: v for k, v in content_of(tmp_path / "set").items() if not Path(k).name.startswith(".")}
+    assert visible == content_of(prepared)
+
+
+def run_command(config: DataConfig, tmp_path: Path, *options: str) -> subprocess.Popen[bytes]:
+    save_config(config, tmp_path / "config.yaml")
+    command = [
+        sys.executable,
+        "-m",
+        "diff2to3.cli",
+        "data",
+        "prepare",
+        str(tmp_path / "config.yaml"),
+        *options,
+    ]
+    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_twenty_sigkills_change_no_byte(
+    tmp_path: Path, prepared: Path, settings: Settings, content_of: Content
+) -> None:
+    config, rng = settings(tmp_path / "set"), np.random.default_rng(1)
+    kills = whole_group = 0
+    started = time.monotonic()
+    process = run_command(config, tmp_path, "--workers", "2", "--quiet")
+    while kills < 20:
+        try:
+            # Importing takes seconds, the work little more: aim at the whole span, start-up included.
+            process.wait(rng.uniform(1.0, 12.0))
+            if kills < 20:  # got through before the shot: begin again from nothing, the kills still count
+                shutil.rmtree(tmp_path / "set")
+        except subprocess.TimeoutExpired:
+            kills += 1
+            if kills % 2:  # with its workers, and alone, leaving them to finish what they hold
+                os.killpg(process.pid, signal.SIGKILL)
+                whole_group += 1
+            else:
+                process.kill()
+            process.wait()
+        process = run_command(config, tmp_path, "--workers", "2", "--quiet")
+    assert process.wait(300) == 0 and whole_group == 10
+    visible = {k: v for k, v in content_of(tmp_path / "set").items() if not Path(k).name.startswith(".")}
+    assert visible == content_of(prepared), f"after {time.monotonic() - started:.0f} s"
+
+
+@pytest.mark.slow
+def test_two_ray_workers_give_the_bytes_of_local_ones(
+    tmp_path: Path, prepared: Path, settings: Settings, content_of: Content
+) -> None:
+    pytest.importorskip("ray")
+    process = run_command(
+        settings(tmp_path / "set"), tmp_path, "--workers", "2", "--executor", "ray", "--quiet"
+    )
+    assert process.wait(300) == 0
+    assert content_of(tmp_path / "set") == content_of(prepared)
