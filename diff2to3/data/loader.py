@@ -199,6 +199,7 @@ class TrainLoader:
             num_workers=workers,
             prefetch_factor=self.config.prefetch if workers else None,
             collate_fn=_as_it_is,
+            generator=torch.Generator(),  # or it would draw its workers' seeds from the global one
             multiprocessing_context=_start_method() if workers else None,
         )
         for batch in batches:
