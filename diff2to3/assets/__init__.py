@@ -1,7 +1,28 @@
 """3D files in: catalogues of assets, and loading one as a :class:`diff2to3.types.Mesh`."""
 
+from diff2to3.assets.catalogue import (
+    AssetFilter,
+    AssetRecord,
+    Catalogue,
+    load_asset,
+    open_catalogue,
+    read_ids,
+)
 from diff2to3.assets.limits import LimitedWorker, Limits, WorkerError, run_limited
 from diff2to3.assets.load import load_mesh
 from diff2to3.assets.source import FileSource
 
-__all__ = ["FileSource", "LimitedWorker", "Limits", "WorkerError", "load_mesh", "run_limited"]
+__all__ = [
+    "AssetFilter",
+    "AssetRecord",
+    "Catalogue",
+    "FileSource",
+    "LimitedWorker",
+    "Limits",
+    "WorkerError",
+    "load_asset",
+    "load_mesh",
+    "open_catalogue",
+    "read_ids",
+    "run_limited",
+]
