@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import cached_property
 
+from diff2to3.assets.catalogue import AssetFilter, Catalogue, load_asset, open_catalogue, read_ids
 from diff2to3.assets.limits import Limits
 from diff2to3.data.schema import DataConfig
 from diff2to3.types import Mesh
@@ -15,29 +16,27 @@ class AssetSource:
     def __init__(self, config: DataConfig) -> None:
         self.config = config
 
-    def open(self) -> None:
-        import json
-
-        self.rows = {}
-        for line in (Path(self.config.source) / "manifest.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            self.rows[row["id"]] = row
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """Raises InputError when the source does not exist or cannot be read."""
+        return open_catalogue(self.config.source)
 
     def list(self) -> list[tuple[str, str, str]]:
-        """(id, split, license) of every asset that passes the filters, in the source's order."""
-        self.open()
-        rows = list(self.rows.values())[: self.config.filter.limit]
-        return [(r["id"], r["split"], r["license"]) for r in rows]
+        """(id, split, license) of every asset that passes the filters, in the catalogue's order."""
+        chosen = self.config.filter
+        records = AssetFilter(
+            ids=None if chosen.ids is None else read_ids(chosen.ids),
+            licenses=chosen.licenses,
+            splits=chosen.splits,
+            min_faces=chosen.min_faces,
+            max_faces=chosen.max_faces,
+            min_aesthetic=chosen.min_aesthetic,
+            limit=chosen.limit,
+        ).apply(self.catalogue)
+        return [(record.id, record.split or "", record.license or "") for record in records]
 
     def load(self, asset_id: str) -> Mesh:
-        """The mesh of an asset. Raises InputError with the reason when it cannot be had."""
-        from diff2to3.assets.load import load_mesh
-        from diff2to3.assets.source import FileSource
-
-        row = self.rows[asset_id]
-        limits = Limits(
-            max_file_bytes=self.config.limits.max_file_mib << 20, max_faces=self.config.limits.max_faces
-        )
-        return load_mesh(
-            FileSource(f"{self.config.source}/{row['pack']}.zip", row["file"]), name=asset_id, limits=limits
-        )
+        """The mesh of an asset. Raises InputError, which begins with the id, when it cannot be had."""
+        limits = self.config.limits
+        bounds = Limits(max_file_bytes=limits.max_file_mib << 20, max_faces=limits.max_faces)
+        return load_asset(self.catalogue[asset_id], bounds)

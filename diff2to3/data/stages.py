@@ -88,7 +88,7 @@ class RenderStage:
     def setup(self, slot: int) -> None:
         if not self.config.view_sets:
             raise InputError("view_sets: the render stage needs at least one")
-        self.source.open()
+        len(self.source.catalogue)  # a source that cannot be read is no asset's fault
 
     def process(self, asset: PlannedAsset, inputs: Mapping[str, StoredAsset], clock: Clock) -> Part:
         from diff2to3.views.cameras import generator_for, sample_cameras
@@ -139,7 +139,7 @@ class VoxelStage:
         return {"version": 1, "resolutions": list(self.config.resolutions)}
 
     def setup(self, slot: int) -> None:
-        self.source.open()
+        len(self.source.catalogue)  # a source that cannot be read is no asset's fault
 
     def process(self, asset: PlannedAsset, inputs: Mapping[str, StoredAsset], clock: Clock) -> Part:
         from diff2to3.voxels.voxelise import voxelise

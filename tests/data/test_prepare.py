@@ -44,7 +44,6 @@ Content = Callable[[Path], dict[str, str]]
 def test_what_is_stored_is_what_the_parts_compute(prepared: Path, settings: Settings) -> None:
     store, config = AssetStore(prepared), settings(prepared)
     source = AssetSource(config)
-    source.open()
     assert [a.id for a in store.assets()] == [f"pack/box-{i}" for i in range(8)]
     for asset in store.assets()[:3]:
         mesh = source.load(asset.id)
