@@ -392,7 +392,7 @@ template <class S>
 Picture<S> make_picture(const Splat<S>* splats, const S* colors, const int32_t* ids, const int32_t* tile_offsets,
                         const S* background, const Scene<S>& scene, double max_alpha, double stop) {
   return {splats, colors, ids, tile_offsets, background, scene.color_size(), scene.width, scene.height,
-          S(max_alpha), scene.alpha_threshold, S(stop)};
+          S(max_alpha), std::log2(scene.alpha_threshold), S(stop)};
 }
 
 }  // namespace

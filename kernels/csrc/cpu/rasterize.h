@@ -58,7 +58,7 @@ struct Picture {
   const int32_t* tile_offsets;  // [tiles + 1], into ids
   const S* background;          // [C] or null
   int channels, width, height;
-  S max_alpha, alpha_threshold, transmittance_stop;
+  S max_alpha, log_threshold, transmittance_stop;  // log_threshold: base 2
 };
 
 template <class S>

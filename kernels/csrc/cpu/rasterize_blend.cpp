@@ -2,7 +2,7 @@
 // block's pixels lie inside a Gaussian that touches it, large enough to fill a vector register.
 #include <algorithm>
 #include <cmath>
-#include <vector>
+#include <memory>
 
 #include "cpu/rasterize.h"
 
@@ -14,27 +14,48 @@ constexpr int BLOCK_PIXELS = BLOCK * BLOCK;
 constexpr int BATCH = 256;  // Gaussians staged at a time, so that they, the lists and the pixels stay in L1
 constexpr int COLORS = MAX_CHANNELS + 1;
 
-// A Gaussian as the inner loops read it: exponents in base 2 (gaussian_math.h, alpha_at).
+// A Gaussian as the inner loops read it: relative to the tile, exponents in base 2 (gaussian_math.h, alpha_at).
 template <class S>
 struct Staged {
   S x, y, ha, hb, hc, log_opacity;
 };
 
+// The blocks that a splat's pixel rectangle touches, as a bit each.
 template <class S>
-inline Staged<S> stage(const Splat<S>& s, S origin_x, S origin_y) {
-  const S half = S(0.5 * LOG2E), whole = S(LOG2E);
-  return {s.x - origin_x, s.y - origin_y, half * s.a, whole * s.b, half * s.c, s.log_opacity};
+inline uint16_t block_mask(const Splat<S>& s, int origin_x, int origin_y) {
+  const int x0 = std::max(s.rect[0] - origin_x, 0) / BLOCK, x1 = std::min(s.rect[1] - origin_x, TILE - 1) / BLOCK;
+  const int y0 = std::max(s.rect[2] - origin_y, 0) / BLOCK, y1 = std::min(s.rect[3] - origin_y, TILE - 1) / BLOCK;
+  const unsigned columns = (2u << x1) - (1u << x0);               // bits x0..x1
+  const unsigned rows = (16u << (4 * y1)) - (1u << (4 * y0));     // bits 4·y0 .. 4·y1 + 3
+  return static_cast<uint16_t>(columns * 0x1111u & rows);
 }
 
-// The blocks of a tile that a splat touches: columns x0..x1 and rows y0..y1 of the 4 x 4 grid of blocks.
-struct BlockRange {
-  int x0, x1, y0, y1;
+// Some Gaussians of a tile, side by side, with the blocks that each touches.
+template <class S>
+struct Batch {
+  alignas(64) Staged<S> items[BATCH];
+  alignas(64) uint16_t masks[BATCH];
 };
 
+#if defined(__GNUC__)
+#define D23_PREFETCH(p, write) __builtin_prefetch(p, write)
+#else
+#define D23_PREFETCH(p, write)
+#endif
+
+// Splats lie in the order of the scene, so a tile's are scattered over memory: they are asked for well ahead.
 template <class S>
-inline BlockRange block_range(const Splat<S>& s, int origin_x, int origin_y) {
-  return {std::max(s.rect[0] - origin_x, 0) / BLOCK, std::min(s.rect[1] - origin_x, TILE - 1) / BLOCK,
-          std::max(s.rect[2] - origin_y, 0) / BLOCK, std::min(s.rect[3] - origin_y, TILE - 1) / BLOCK};
+inline void stage_batch(const Picture<S>& pic, const int32_t* ids, int count, int origin_x, int origin_y, Batch<S>& batch) {
+  constexpr int AHEAD = 12;
+  const S half = S(0.5 * LOG2E), whole = S(LOG2E);
+  for (int i = 0; i < std::min(AHEAD, count); ++i) D23_PREFETCH(&pic.splats[ids[i]], 0);
+  for (int i = 0; i < count; ++i) {
+    if (i + AHEAD < count) D23_PREFETCH(&pic.splats[ids[i + AHEAD]], 0);
+    D23_PREFETCH(pic.colors + static_cast<int64_t>(ids[i]) * pic.channels, 0);
+    const Splat<S>& s = pic.splats[ids[i]];
+    batch.items[i] = {s.x - S(origin_x), s.y - S(origin_y), half * s.a, whole * s.b, half * s.c, s.log_opacity};
+    batch.masks[i] = block_mask(s, origin_x, origin_y);
+  }
 }
 
 // Pixel centres of a block's lanes, relative to the block's corner.
@@ -70,39 +91,18 @@ struct ForwardTile {
   alignas(64) TilePlane<S> final;  // transmittance of the finished pixel
   alignas(64) TilePlane<S> last;   // 1 + index in the tile's list of the last Gaussian that counted
   alignas(64) TilePlane<S> color[COLORS];
-  alignas(64) Staged<S> staged[BATCH];
-  uint8_t list[BLOCKS][BATCH];
-  int list_size[BLOCKS];
+  Batch<S> batch;
+  uint8_t list[BATCH + 16];  // the batch's Gaussians that touch the block at hand
 };
-
-// Sorts a batch into the blocks' lists.
-template <class S>
-void stage_batch(const Picture<S>& pic, const int32_t* ids, int count, int origin_x, int origin_y, unsigned alive,
-                 ForwardTile<S>& tile) {
-  for (int b = 0; b < BLOCKS; ++b) tile.list_size[b] = 0;
-  for (int i = 0; i < count; ++i) {
-    const Splat<S>& s = pic.splats[ids[i]];
-    tile.staged[i] = stage(s, S(origin_x), S(origin_y));
-    const BlockRange r = block_range(s, origin_x, origin_y);
-    for (int y = r.y0; y <= r.y1; ++y)
-      for (int x = r.x0; x <= r.x1; ++x) {
-        const int b = y * (TILE / BLOCK) + x;
-        tile.list[b][tile.list_size[b]++] = static_cast<uint8_t>(i);
-      }
-  }
-  for (int b = 0; b < BLOCKS; ++b)
-    if (!(alive >> b & 1)) tile.list_size[b] = 0;
-}
 
 // Blends one batch into one block; false when every pixel of it has stopped. CN is the number of channels where
 // it is known at compile time, and then colours live in registers; 0 stands for any number.
 template <class S, int CN>
-bool blend_block(const Picture<S>& pic, const int32_t* ids, int first, int block, const LaneCenters<S>& lanes,
-                 ForwardTile<S>& tile) {
+bool blend_block(const Picture<S>& pic, const int32_t* ids, int first, int count, int block,
+                 const LaneCenters<S>& lanes, ForwardTile<S>& tile) {
   using P = Pack<S>;
   constexpr int NV = BLOCK_PIXELS / P::W;
   const int channels = CN ? CN : pic.channels;
-  const S log_threshold = std::log2(pic.alpha_threshold);
   const P stop(pic.transmittance_stop), zero(S(0));
   const S bx = S(block % (TILE / BLOCK) * BLOCK), by = S(block / (TILE / BLOCK) * BLOCK);
   P t[NV], final[NV], last[NV], px[NV], py[NV], color[CN ? CN : 1][NV];
@@ -116,15 +116,15 @@ bool blend_block(const Picture<S>& pic, const int32_t* ids, int first, int block
     for (int c = 0; c < CN; ++c) color[c][n] = P::load(tile.color[c][block] + o);
   }
   bool live = true;
-  const int size = tile.list_size[block];
+  const int size = indices_with_bit(tile.batch.masks, count, block, tile.list);
   for (int k = 0; k < size && live; ++k) {
-    const int i = tile.list[block][k];
-    const Staged<S>& s = tile.staged[i];
+    const int i = tile.list[k];
+    const Staged<S>& s = tile.batch.items[i];
     const S* c_i = pic.colors + static_cast<int64_t>(ids[i]) * channels;
     const P index(S(first + i + 1));
     for (int n = 0; n < NV; ++n) {
       const auto a = alpha_at(px[n] - P(s.x), py[n] - P(s.y), P(s.ha), P(s.hb), P(s.hc), P(s.log_opacity),
-                              pic.max_alpha, log_threshold);
+                              pic.max_alpha, pic.log_threshold);
       const P w = a.alpha * t[n];
       const P next = t[n] - w;
       const auto counts = a.valid & (next > stop);
@@ -179,9 +179,10 @@ void blend_tile_forward(const Picture<S>& pic, int tile_index, const LaneCenters
   unsigned alive = (1u << BLOCKS) - 1;
   for (int first = 0; first < end - begin && alive; first += BATCH) {
     const int32_t* ids = pic.ids + begin + first;
-    stage_batch(pic, ids, std::min(BATCH, end - begin - first), origin_x, origin_y, alive, tile);
+    const int count = std::min(BATCH, end - begin - first);
+    stage_batch(pic, ids, count, origin_x, origin_y, tile.batch);
     for (int b = 0; b < BLOCKS; ++b)
-      if (tile.list_size[b] && !blend_block<S, CN>(pic, ids, first, b, lanes, tile)) alive &= ~(1u << b);
+      if ((alive >> b & 1) && !blend_block<S, CN>(pic, ids, first, count, b, lanes, tile)) alive &= ~(1u << b);
   }
   for_each_pixel(origin_x, origin_y, pic.width, pic.height, [&](int64_t p, int b, int l) {
     const S t = tile.final[b][l];
@@ -200,6 +201,8 @@ struct BackwardTile {
   alignas(64) TilePlane<S> last;
   alignas(64) TilePlane<S> v_color[COLORS];
   int block_last[BLOCKS];
+  Batch<S> batch;
+  S* slots[BATCH];
 };
 
 template <class S, int CN>
@@ -232,14 +235,14 @@ int load_backward_tile(const Picture<S>& pic, int origin_x, int origin_y, const 
 // Accumulates one Gaussian's sums over one block.
 template <class S, int CN>
 inline void backward_block(const Picture<S>& pic, const Staged<S>& s, const S* c_i, int index, int block,
-                           S log_threshold, const LaneCenters<S>& lanes, BackwardTile<S>& tile, Pack<S>* totals) {
+                           const LaneCenters<S>& lanes, BackwardTile<S>& tile, Pack<S>* totals) {
   using P = Pack<S>;
   const int channels = CN ? CN : pic.channels;
   const P one(S(1)), zero(S(0));
   const S ox = S(block % (TILE / BLOCK) * BLOCK) - s.x, oy = S(block / (TILE / BLOCK) * BLOCK) - s.y;
   for (int o = 0; o < BLOCK_PIXELS; o += P::W) {
     const P dx = P::load(lanes.x + o) + P(ox), dy = P::load(lanes.y + o) + P(oy);
-    const auto a = alpha_at(dx, dy, P(s.ha), P(s.hb), P(s.hc), P(s.log_opacity), pic.max_alpha, log_threshold);
+    const auto a = alpha_at(dx, dy, P(s.ha), P(s.hb), P(s.hc), P(s.log_opacity), pic.max_alpha, pic.log_threshold);
     const auto counts = a.valid & (P::load(tile.last[block] + o) > P(S(index)));
     if (!any(counts)) continue;
     const P alpha = select(counts, a.alpha, zero);
@@ -267,11 +270,27 @@ inline void backward_block(const Picture<S>& pic, const Staged<S>& s, const S* c
   }
 }
 
+// One Gaussian over all blocks it touches: its sums go to its slot.
+template <class S, int CN>
+inline void blend_back(const Picture<S>& pic, int index, int32_t id, int i, const LaneCenters<S>& lanes,
+                       BackwardTile<S>& tile) {
+  using P = Pack<S>;
+  const int channels = CN ? CN : pic.channels;
+  const S* c_i = pic.colors + static_cast<int64_t>(id) * channels;
+  P totals[6 + (CN ? CN : COLORS)];
+  for (int k = 0; k < 6 + channels; ++k) totals[k] = P(S(0));
+  for (unsigned mask = tile.batch.masks[i]; mask; mask &= mask - 1) {
+    const int b = __builtin_ctz(mask);
+    if (tile.block_last[b] > index)
+      backward_block<S, CN>(pic, tile.batch.items[i], c_i, index, b, lanes, tile, totals);
+  }
+  sums(totals, 6 + channels, tile.slots[i]);
+}
+
 template <class S, int CN>
 void blend_tile_backward(const Picture<S>& pic, int tile_index, const LaneCenters<S>& lanes, BackwardTile<S>& tile,
                          const int32_t* slot_offsets, const S* transmittance, const int32_t* last_ids,
                          const S* v_colors, const S* v_alphas, S* slots) {
-  using P = Pack<S>;
   const int across = tiles_across(pic.width);
   const int tx = tile_index % across, ty = tile_index / across;
   const int begin = pic.tile_offsets[tile_index], count = pic.tile_offsets[tile_index + 1] - begin;
@@ -279,30 +298,30 @@ void blend_tile_backward(const Picture<S>& pic, int tile_index, const LaneCenter
   const int channels = CN ? CN : pic.channels, slot_size = 6 + channels;
   const int tile_last =
       load_backward_tile<S, CN>(pic, tx * TILE, ty * TILE, transmittance, last_ids, v_colors, v_alphas, tile);
-  const S log_threshold = std::log2(pic.alpha_threshold);
-  for (int index = count - 1; index >= 0; --index) {
+  const auto slot_of = [&](int index) {
     const int32_t id = pic.ids[begin + index];
-    const Splat<S>& splat = pic.splats[id];
-    const TileRect rect = tile_rect(splat);
+    const TileRect rect = tile_rect(pic.splats[id]);
     const int64_t slot = slot_offsets[id] + (ty - rect.y0) * (rect.x1 - rect.x0 + 1) + (tx - rect.x0);
-    S* out = slots + slot * slot_size;
-    if (index >= tile_last) {
-      std::fill_n(out, slot_size, S(0));
-      continue;
+    return slots + slot * slot_size;
+  };
+  for (int index = tile_last; index < count; ++index) std::fill_n(slot_of(index), slot_size, S(0));
+  for (int end = tile_last; end > 0; end -= std::min(end, BATCH)) {
+    const int first = std::max(0, end - BATCH);
+    stage_batch(pic, pic.ids + begin + first, end - first, tx * TILE, ty * TILE, tile.batch);
+    for (int i = 0; i < end - first; ++i) {
+      tile.slots[i] = slot_of(first + i);
+      D23_PREFETCH(tile.slots[i], 1);
     }
-    const Staged<S> s = stage(splat, S(tx * TILE), S(ty * TILE));
-    const S* c_i = pic.colors + static_cast<int64_t>(id) * channels;
-    P totals[6 + (CN ? CN : COLORS)];
-    for (int i = 0; i < slot_size; ++i) totals[i] = P(S(0));
-    const BlockRange r = block_range(splat, tx * TILE, ty * TILE);
-    for (int y = r.y0; y <= r.y1; ++y)
-      for (int x = r.x0; x <= r.x1; ++x) {
-        const int b = y * (TILE / BLOCK) + x;
-        if (tile.block_last[b] > index)
-          backward_block<S, CN>(pic, s, c_i, index, b, log_threshold, lanes, tile, totals);
-      }
-    sums(totals, slot_size, out);
+    for (int i = end - first - 1; i >= 0; --i) blend_back<S, CN>(pic, first + i, pic.ids[begin + first + i], i, lanes, tile);
   }
+}
+
+// This thread's tile. Behind a pointer, because the compiler would otherwise ask for the thread-local address again
+// at every access, in the innermost loop too.
+template <class Tile>
+inline Tile& scratch() {
+  static thread_local std::unique_ptr<Tile> tile(new Tile);
+  return *tile;
 }
 
 // Calls f with the number of channels as a compile-time constant where one is instantiated, else with 0.
@@ -323,7 +342,7 @@ void blend_forward(const Picture<S>& pic, S* colors, S* alphas, S* transmittance
   const int tiles = tiles_across(pic.width) * tiles_across(pic.height);
   with_channels(pic.channels, [&](auto cn) {
     parallel_for(tiles, 4, threads, [&](int64_t begin, int64_t end) {
-      static thread_local ForwardTile<S> tile;
+      ForwardTile<S>& tile = scratch<ForwardTile<S>>();
       const LaneCenters<S> lanes;
       for (int64_t i = begin; i < end; ++i)
         blend_tile_forward<S, cn.value>(pic, static_cast<int>(i), lanes, tile, colors, alphas, transmittance, last_ids);
@@ -337,7 +356,7 @@ void blend_backward(const Picture<S>& pic, const int32_t* slot_offsets, const S*
   const int tiles = tiles_across(pic.width) * tiles_across(pic.height);
   with_channels(pic.channels, [&](auto cn) {
     parallel_for(tiles, 4, threads, [&](int64_t begin, int64_t end) {
-      static thread_local BackwardTile<S> tile;
+      BackwardTile<S>& tile = scratch<BackwardTile<S>>();
       const LaneCenters<S> lanes;
       for (int64_t i = begin; i < end; ++i)
         blend_tile_backward<S, cn.value>(pic, static_cast<int>(i), lanes, tile, slot_offsets, transmittance, last_ids,

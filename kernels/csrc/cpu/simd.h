@@ -281,6 +281,35 @@ D23_FN FloatPack log2_(FloatPack a) {
 }
 #endif
 
+// Writes the indices i < count whose masks[i] has `bit` set, in order; returns how many. `out` has room for 16
+// more than that, and `masks` for reading up to the next multiple of 16.
+#if defined(__AVX512F__)
+inline int indices_with_bit(const uint16_t* masks, int count, int bit, uint8_t* out) {
+  const __m512i wanted = _mm512_set1_epi32(1 << bit), step = _mm512_set1_epi32(16);
+  __m512i index = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  int n = 0;
+  for (int i = 0; i < count; i += 16) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(masks + i));
+    const uint32_t inside = count - i >= 16 ? 0xffffu : (1u << (count - i)) - 1;
+    const __mmask16 m = _mm512_mask_test_epi32_mask(static_cast<__mmask16>(inside), _mm512_cvtepu16_epi32(half), wanted);
+    const __m512i packed = _mm512_maskz_compress_epi32(m, index);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + n), _mm512_cvtepi32_epi8(packed));
+    n += __builtin_popcount(m);
+    index = _mm512_add_epi32(index, step);
+  }
+  return n;
+}
+#else
+inline int indices_with_bit(const uint16_t* masks, int count, int bit, uint8_t* out) {
+  int n = 0;
+  for (int i = 0; i < count; ++i) {
+    out[n] = static_cast<uint8_t>(i);
+    n += masks[i] >> bit & 1;
+  }
+  return n;
+}
+#endif
+
 template <class S>
 struct PackOf;
 template <>
