@@ -379,7 +379,7 @@ def _bar(name: str, total: int, done: int, progress: bool) -> tqdm:
     # Where nobody watches (a log file), a line every half minute is enough.
     interval = 0.2 if sys.stderr.isatty() else 30.0
     return tqdm(
-        desc=f"{name:>8}", total=total, initial=done, unit=" assets", disable=not progress,
+        desc=f"{name:>8}", total=total, initial=done, unit="asset", disable=not progress,
         mininterval=interval, maxinterval=2 * interval, smoothing=0.05, dynamic_ncols=True,
     )  # fmt: skip
 

@@ -130,6 +130,7 @@ class DataConfig:
     view_sets    name -> views
     resolutions  voxel grids
     features     name -> features
+    weights      provider -> local file or folder, or hub name, for features that do not say themselves
     """
 
     source: str = MISSING
@@ -143,6 +144,7 @@ class DataConfig:
     view_sets: dict[str, ViewSetConfig] = field(default_factory=dict)
     resolutions: list[int] = field(default_factory=lambda: [64])
     features: dict[str, FeatureSetConfig] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
@@ -150,6 +152,9 @@ class DataConfig:
         for r in self.resolutions:
             if not 1 <= r <= 256:
                 raise ValueError(f"resolutions: expected numbers from 1 to 256, got {r}")
+        for name in self.weights:
+            if name not in PROVIDERS:
+                raise ValueError(f"weights: unknown provider {name!r}; known are {', '.join(PROVIDERS)}")
         for name in (*self.view_sets, *self.features):
             if not name.isidentifier():
                 raise ValueError(f"{name!r}: names of view sets and features are letters, digits and _")
@@ -161,3 +166,8 @@ class DataConfig:
                 raise ValueError(f"view_sets.{features.views}.depths: mode 'visible' needs true")
             if features.resolution not in self.resolutions:
                 raise ValueError(f"features.{name}.resolution: {features.resolution} is not in resolutions")
+
+    def weights_of(self, name: str) -> str | None:
+        """The weights of the feature set ``name``: its own, those of its provider, or None for the
+        published."""
+        return self.features[name].weights or self.weights.get(self.features[name].provider)

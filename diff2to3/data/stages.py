@@ -172,7 +172,7 @@ class FeatureStage:
         for name, chosen in sets.items():
             for key in ("device", "offline", "view_chunk"):  # where and how, not what
                 del chosen[key]
-            chosen["weights"] = weights_fingerprint(self.config.features[name].weights)
+            chosen["weights"] = weights_fingerprint(self.config.weights_of(name))
         return {"version": 1, "features": sets}
 
     def setup(self, slot: int) -> None:
@@ -183,7 +183,7 @@ class FeatureStage:
         for name, chosen in self.config.features.items():
             self.providers[name] = build_provider(
                 chosen.provider,
-                chosen.weights,
+                self.config.weights_of(name),
                 device=_device(chosen.device, slot),
                 dtype=getattr(torch, chosen.dtype),
                 offline=chosen.offline,
@@ -208,7 +208,9 @@ class FeatureStage:
         """Names of the sets that need the same images encoded in the same way."""
         groups: dict[FeatureSetConfig, list[str]] = {}
         for name, chosen in self.config.features.items():
-            encoding = replace(chosen, resolution=0, mode="mean", depth_tolerance=0.0)
+            encoding = replace(
+                chosen, resolution=0, mode="mean", depth_tolerance=0.0, weights=self.config.weights_of(name)
+            )
             groups.setdefault(encoding, []).append(name)
         return list(groups.values())
 
