@@ -41,9 +41,12 @@ SETTINGS = {
 def colored_box(extents: tuple[float, float, float], seed: int) -> bytes:
     """A box with a random colour a face, as GLB."""
     box = trimesh.creation.box(extents)
+    box.unmerge_vertices()  # GLB has colours at vertices: shared ones would blend the faces
     colors = np.random.default_rng(seed).integers(30, 255, (6, 4), np.uint8)
     colors[:, 3] = 255
-    box.visual = trimesh.visual.ColorVisuals(box, face_colors=np.repeat(colors, 2, 0))
+    normals = box.face_normals.round()
+    side = np.abs(normals).argmax(1) + 3 * (normals.sum(1) > 0)
+    box.visual = trimesh.visual.ColorVisuals(box, face_colors=colors[side])
     return bytes(box.export(file_type="glb"))
 
 

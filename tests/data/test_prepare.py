@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -31,7 +32,7 @@ from diff2to3.data.shards import index_path, read_index, tar_path
 from diff2to3.data.source import AssetSource
 from diff2to3.data.store import AssetStore
 from diff2to3.errors import InputError
-from diff2to3.views.cameras import generator_for, sample_cameras
+from diff2to3.views.cameras import CameraConfig, generator_for, sample_cameras
 from diff2to3.views.render import render_views
 from diff2to3.voxels.aggregate import aggregate_features
 from diff2to3.voxels.providers import RgbFeatures
@@ -483,3 +484,36 @@ def test_two_ray_workers_give_the_bytes_of_local_ones(
     )
     assert process.wait(300) == 0
     assert content_of(tmp_path / "set") == content_of(prepared)
+
+
+def test_a_cube_s_voxels_carry_the_colour_of_their_face(
+    tmp_path: Path, settings: Settings, boxes: Path
+) -> None:
+    """The whole way, from the file's colours to features: the geometry proof with the real renderer."""
+    trimesh = pytest.importorskip("trimesh")
+    config = settings(tmp_path / "set", filter=FilterConfig(limit=1))
+    views = {"input": ViewSetConfig(128, CameraConfig(num_views=16, lower_fraction=0.5), depths=True)}
+    prepare(replace(config, view_sets=views), InlineExecutor())
+    store = AssetStore(tmp_path / "set")
+    (asset,) = store.assets()
+    with zipfile.ZipFile(boxes / "pack.zip") as archive:
+        cube = trimesh.load(
+            io.BytesIO(archive.read("pack/box-0.glb")), file_type="glb", force="mesh", process=False
+        )
+    # glTF is y up: (x, y, z) there is (x, -z, y) here; its vertex colours are linear.
+    normals = cube.face_normals[:, [0, 2, 1]] * [1, -1, 1]
+    linear = cube.visual.vertex_colors[cube.faces[:, 0], :3] / 255.0
+    encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+    voxels = store.features(asset, ["rgb"])
+    centers = voxels.centers()
+    plain = store.features(asset, ["rgb_mean"]).feats
+    num_views = store.open(asset, "features").tensors("rgb.safetensors")["num_views"]
+    for normal, color in zip(normals.round(), encoded, strict=True):
+        axis, sign = int(np.abs(normal).argmax()), float(normal.sum())
+        others = [i for i in range(3) if i != axis]
+        inner = (centers[:, axis] * sign > 0.45) & (centers[:, others].abs() < 0.35).all(-1)
+        assert inner.sum() >= 100 and (num_views[inner] > 0).all()
+        want = torch.from_numpy(color).float().expand(int(inner.sum()), 3)
+        torch.testing.assert_close(voxels.feats[inner], want, rtol=0, atol=2 / 255)
+        assert (plain[inner] - want).abs().amax(-1).min() > 4 / 255  # the plain mean leaks everywhere
