@@ -291,6 +291,8 @@ class Material:
     alpha_mode           "OPAQUE", "MASK" (visible where alpha >= alpha_cutoff) or "BLEND"
     double_sided         False: a face is seen only from the side from which it winds counter-clockwise
     unlit                True: the colour is shown as it is, under any light
+    metallic_factor      0 to 1; only the path tracer heeds it (a texture is averaged to one number)
+    roughness_factor     0 to 1; likewise
     """
 
     name: str = ""
@@ -302,6 +304,8 @@ class Material:
     alpha_cutoff: float = 0.5
     double_sided: bool = False
     unlit: bool = False
+    metallic_factor: float = 0.0
+    roughness_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.alpha_mode not in ("OPAQUE", "MASK", "BLEND"):

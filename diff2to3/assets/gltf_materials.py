@@ -85,6 +85,7 @@ class MaterialReader:
         if "KHR_materials_transmission" in extensions:
             self.notes.append(f"material {name!r}: transmission is drawn as opaque")
         emissive = tuple(float(x) * float(strength) for x in spec.get("emissiveFactor", (0, 0, 0)))
+        metallic, roughness = self._metallic_roughness(spec, extensions)
         material = Material(
             name=name,
             base_color_factor=_vector(factor, 4, "baseColorFactor"),
@@ -95,6 +96,8 @@ class MaterialReader:
             alpha_cutoff=float(spec.get("alphaCutoff", 0.5)),
             double_sided=bool(spec.get("doubleSided", False)),
             unlit="KHR_materials_unlit" in extensions,
+            metallic_factor=metallic,
+            roughness_factor=roughness,
         )
         return material, uv_map
 
@@ -105,6 +108,21 @@ class MaterialReader:
             return old.get("diffuseFactor", (1, 1, 1, 1)), old.get("diffuseTexture")
         pbr = spec.get("pbrMetallicRoughness", {})
         return pbr.get("baseColorFactor", (1, 1, 1, 1)), pbr.get("baseColorTexture")
+
+    def _metallic_roughness(self, spec: Json, extensions: Json) -> tuple[float, float]:
+        """One number each for the material: factors, times the mean of a texture (blue and green; 4.6.2)."""
+        old = extensions.get("KHR_materials_pbrSpecularGlossiness")
+        if old is not None:
+            return 0.0, 1 - float(old.get("glossinessFactor", 1))
+        pbr = spec.get("pbrMetallicRoughness")
+        if pbr is None:
+            return 0.0, 1.0
+        metallic, roughness = float(pbr.get("metallicFactor", 1)), float(pbr.get("roughnessFactor", 1))
+        texture = self._texture(pbr.get("metallicRoughnessTexture"))
+        if texture is not None:
+            mean = texture.pixels.reshape(-1, 4).mean(0) / 255
+            metallic, roughness = metallic * float(mean[2]), roughness * float(mean[1])
+        return metallic, roughness
 
     def _texture(self, info: Json | None) -> Texture | None:
         if info is None:

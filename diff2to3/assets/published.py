@@ -187,7 +187,7 @@ class ObjaverseCatalogue(RecordList):
             yield from ((uid, None if uid in got else "not in Objaverse any more") for uid in batch)
 
     def _with_package(self, function: str, *args: Any) -> Any:
-        """Call a function of the objaverse package with its folder set to ours; it takes no argument for it."""
+        """Call a function of the objaverse package, with its folder (not an argument) set to ours."""
         try:
             import objaverse
         except ImportError:

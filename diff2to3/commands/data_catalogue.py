@@ -18,13 +18,13 @@ List the assets of a catalogue: a folder or zip of 3D files, a manifest, or a pu
 
   diff2to3 data list assets/
   diff2to3 data list abo:data/abo --min-aesthetic 4.5 --format ids > ids.txt
-  diff2to3 data list objaverse:data/objaverse --license CC-BY-4.0 --license CC0-1.0 --max-faces 100000
+  diff2to3 data list objaverse:data/objaverse --license CC-BY-4.0 --max-faces 100000
 
 Published sets: objaverse, objaverse-xl, abo, hssd, 3d-future, toys4k, each as NAME:FOLDER.
 """
 
 _FETCH = """\
-Bring the files of a published data set to this machine, where its terms allow that without a person; otherwise
+Bring the files of a published data set here, where its terms allow that without a person; otherwise
 say what to do by hand. Files that are here already are left alone, so the same command goes on after a stop.
 """
 

@@ -52,19 +52,26 @@ class BlenderConfig:
     """How the Blender renderer is run: in a process of its own, under an interpreter that can ``import bpy``.
 
     python   that interpreter, or a Blender executable
+    look     "published": lights, one bounce and the filmic curve of the published training sets;
+             "config": the light of LightingConfig, without bounces or a curve, as the other renderers
     samples  Cycles samples a pixel
     denoise  "none", "fast" or "high"
     device   "CPU", "CUDA", "OPTIX", "HIP", "METAL" or "ONEAPI"
+    threads  of the CPU; 0 for all
     seconds  time limit a call
     """
 
-    python: str = "python3.11"
+    python: str = "blender"
+    look: str = "published"
     samples: int = 128
     denoise: str = "high"
     device: str = "CPU"
+    threads: int = 0
     seconds: float = 3600.0
 
     def __post_init__(self) -> None:
+        if self.look not in ("published", "config"):
+            raise ValueError(f"look: expected published or config, got {self.look!r}")
         if self.denoise not in ("none", "fast", "high"):
             raise ValueError(f"denoise: expected none, fast or high, got {self.denoise!r}")
         if self.samples < 1:

@@ -74,7 +74,7 @@ class RaycastRenderer:
     def __init__(self, mesh: Mesh, config: RenderConfig) -> None:
         from diff2to3.views.tracer import Tracer
 
-        self._tracer = Tracer(mesh, config)
+        self._tracer: Tracer = Tracer(mesh, config)
 
     def render(self, viewmats: Tensor, Ks: Tensor, width: int, height: int) -> RenderedViews:
         from diff2to3.views.tracer import Camera, Frames

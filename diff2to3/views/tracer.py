@@ -105,7 +105,7 @@ class Tracer:
         """Render one view into row ``view`` of ``out``."""
         geometry = _Geometry(camera.height, camera.width) if self.config.outputs else None
         for x0, x1, y0, y1 in _tiles(camera.bounds(self.mesh.vertices), self.config.supersample):
-            tile = _Tile(self, camera, x0, x1, y0, y1)
+            tile = Tile(self, camera, x0, x1, y0, y1)
             colors, alphas = tile.shade()
             seen = np.flatnonzero(alphas > 0)
             images = np.zeros_like(colors)
@@ -116,6 +116,10 @@ class Tracer:
                 geometry.fill(tile)
         if geometry is not None:
             geometry.write(camera, self.surface, out, view)
+
+    def first_hits(self, tile: Tile, start: np.ndarray) -> Hits:
+        """What the samples of a tile see first; ``start`` [n, 3] is the eye, repeated."""
+        return self.scene.nearest(start, tile.directions)
 
     def opacities(self, alpha: np.ndarray, faces: np.ndarray, directions: np.ndarray) -> np.ndarray:
         """``alpha`` [n], but 0 on back faces that are culled."""
@@ -146,7 +150,7 @@ class Tracer:
         return SurfacePoints(faces, away.astype(np.int8), u, v, points, flat, shading)
 
 
-class _Tile:
+class Tile:
     """A rectangle of pixels in the making. Samples go by row, column, then row and column in the pixel."""
 
     def __init__(self, tracer: Tracer, camera: Camera, x0: int, x1: int, y0: int, y1: int) -> None:
@@ -168,9 +172,10 @@ class _Tile:
         active = np.arange(count)
         start, travelled = np.broadcast_to(eye, (count, 3)).astype(np.float32), np.zeros(count, np.float32)
         for layer in range(self.tracer.config.max_layers):
-            hits = self.tracer.scene.nearest(start, self.directions[active] if layer else self.directions)
             if layer == 0:
-                self.first = hits
+                hits = self.first = self.tracer.first_hits(self, start)
+            else:
+                hits = self.tracer.scene.nearest(start, self.directions[active])
             found = np.flatnonzero(hits.faces >= 0)
             rows, depth = active[found], travelled[found] + hits.t[found]
             self._shade_layer(rows, hits.faces[found], hits.u[found], hits.v[found], depth, colors)
@@ -307,7 +312,7 @@ class _Geometry:
         self.faces = np.full(shape, -1, np.int32)
         self.u, self.v, self.depths = (np.zeros(shape, np.float32) for _ in range(3))
 
-    def fill(self, tile: _Tile) -> None:
+    def fill(self, tile: Tile) -> None:
         hits = tile.center_hits()
         window = np.s_[tile.y0 : tile.y0 + tile.rows, tile.x0 : tile.x0 + tile.columns]
         for image, values in zip((self.faces, self.u, self.v, self.depths), hits, strict=True):
