@@ -45,7 +45,7 @@ CUDA_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=h
 CUDA_ARCHS = (80, 90, 100, 120)
 
 #: Kernels that must keep everything in registers (the blending kernels at degree 0).
-NO_SPILL_KERNELS = re.compile(r"blend_(forward|backward)")
+NO_SPILL_KERNELS = re.compile(r"blend_(forward|backward)_kernelILi[134]E")
 
 
 class BuildError(RuntimeError):

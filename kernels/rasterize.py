@@ -1,11 +1,13 @@
-"""Gaussian rasterisation: projection, spherical harmonics, depth order, tiles, front-to-back blending; and back.
+"""Gaussian rasterisation: projection, spherical harmonics, depth order, tiles, front-to-back blending; and
+back.
 
     rasterize(means, ..., sh=...)   -> Rendering(colors, alphas, depths)    differentiable
     blending_weights(..., masks)    -> [G, M] each Gaussian's share of the masked pixels
 
-The arithmetic is that of 3D Gaussian Splatting (Kerbl et al. 2023) with gsplat's conventions; the antialiased mode
-is mip-splatting's 2D filter (Yu et al. 2024), which the paper's renderer uses with eps2d = 0.1 (DESIGN P3.3).
-Plain PyTorch version: rasterize_reference.py. C++: csrc/cpu/rasterize*.cpp. CUDA: csrc/cuda/rasterize.cu.
+The arithmetic is that of 3D Gaussian Splatting (Kerbl et al. 2023) with gsplat's conventions; the
+antialiased mode is mip-splatting's 2D filter (Yu et al. 2024), which the paper's renderer uses with eps2d =
+0.1 (DESIGN P3.3). Plain PyTorch version: rasterize_reference.py. C++: csrc/cpu/rasterize*.cpp. CUDA:
+csrc/cuda/rasterize.cu.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .library import call, resolve_backend
+from .library import call, resolve_backend, scratch, target
 from .rasterize_reference import RasterSettings, rasterize_reference
 
 TILE = 16
@@ -72,8 +74,8 @@ def rasterize(
         opacities: [G] in [0, 1].
         viewmats: [V, 4, 4] world -> camera, OpenCV axes.
         Ks: [V, 3, 3] in pixels, no skew; the centre of the top-left pixel is (0.5, 0.5).
-        sh: [G, K, 3] with K = 1, 4, 9 or 16; colour = max(0, 0.5 + Σ Y_k sh_k). Give either this or ``colors``.
-        colors: [G, C] or, for each view its own, [V, G, C]; C <= 32.
+        sh: [G, K, 3] with K = 1, 4, 9 or 16; colour = max(0, 0.5 + Σ Y_k sh_k). Give either this or
+        ``colors``. colors: [G, C] or, for each view its own, [V, G, C]; C <= 32.
         backgrounds: [C] or [V, C].
         depth: also return Σ weight · z.
         eps2d: variance in px² added to every Gaussian on the screen.
@@ -85,7 +87,8 @@ def rasterize(
         backend: ``auto``, ``native`` or ``reference`` (kernels/library.py).
 
     Raises:
-        ValueError: a wrong shape, dtype or device, or a number that is not finite; the message names the argument.
+        ValueError: a wrong shape, dtype or device, or a number that is not finite; the message names the
+        argument.
     """
     features, sh_degree = check_scene(means, quats, scales, opacities, viewmats, Ks, sh, colors)
     channels = 3 if sh_degree is not None else features.shape[-1]
@@ -99,13 +102,26 @@ def rasterize(
         backgrounds = check_backgrounds(backgrounds, viewmats, channels, depth)
     campos = camera_positions(viewmats)
     settings = RasterSettings(
-        width, height, sh_degree, depth, eps2d, antialiased, near_plane, max_alpha, alpha_threshold, transmittance_stop
+        width,
+        height,
+        sh_degree,
+        depth,
+        eps2d,
+        antialiased,
+        near_plane,
+        max_alpha,
+        alpha_threshold,
+        transmittance_stop,
     )
     args = (means, quats, scales, opacities, features, viewmats, campos, Ks, backgrounds)
     if resolve_backend(backend, means.device, means.dtype) == "native":
-        picture, alphas = rasterize_forward(*(None if a is None else a.contiguous() for a in args), *flat(settings))[:2]
+        picture, alphas = rasterize_forward(
+            *(None if a is None else a.contiguous() for a in args), *flat(settings)
+        )[:2]
     else:
-        for name, tensor in zip(("means", "quats", "scales", "opacities", "sh or colors"), args, strict=False):
+        for name, tensor in zip(
+            ("means", "quats", "scales", "opacities", "sh or colors"), args, strict=False
+        ):
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{name}: contains NaN or infinite numbers")
         picture, alphas = rasterize_reference(*args, settings)
@@ -126,18 +142,22 @@ def blending_weights(
 ) -> Tensor:
     """Σ over views and pixels of mask · blending weight: [G, M].
 
-    The back-projection of 2D masks to Gaussians (CAST3D) and, with an all-ones mask, their importance for pruning.
-    A picture is linear in the Gaussians' colours with the blending weights as factors, so these sums are the
-    gradient with respect to the colours of ⟨mask, picture⟩.
+    The back-projection of 2D masks to Gaussians (CAST3D) and, with an all-ones mask, their importance for
+    pruning. A picture is linear in the Gaussians' colours with the blending weights as factors, so these
+    sums are the gradient with respect to the colours of ⟨mask, picture⟩.
 
     Args:
         masks: [V, H, W] or [V, H, W, M] with M <= 32, any real weights.
         settings: ``eps2d`` … ``backend`` of :func:`rasterize`.
     """
     if masks.ndim not in (3, 4) or masks.shape[0] != viewmats.shape[0]:
-        raise ValueError(f"masks: expected [V, H, W] or [V, H, W, M] with V = {viewmats.shape[0]}, got {list(masks.shape)}")
+        raise ValueError(
+            f"masks: expected [V, H, W] or [V, H, W, M] with V = {viewmats.shape[0]}, got {list(masks.shape)}"
+        )
     stacked = masks[..., None] if masks.ndim == 3 else masks
-    ones = torch.ones(len(means), stacked.shape[-1], dtype=means.dtype, device=means.device, requires_grad=True)
+    ones = torch.ones(
+        len(means), stacked.shape[-1], dtype=means.dtype, device=means.device, requires_grad=True
+    )
     height, width = masks.shape[1:3]
     with torch.enable_grad():
         fixed = [t.detach() for t in (means, quats, scales, opacities, viewmats, Ks)]
@@ -207,7 +227,9 @@ def check_scene(
 def check_backgrounds(backgrounds: Tensor, viewmats: Tensor, channels: int, depth: bool) -> Tensor:
     """Backgrounds as [V, C], with a zero for depth."""
     v = viewmats.shape[0]
-    check_tensor("backgrounds", backgrounds, (channels,) if backgrounds.ndim == 1 else (v, channels), viewmats)
+    check_tensor(
+        "backgrounds", backgrounds, (channels,) if backgrounds.ndim == 1 else (v, channels), viewmats
+    )
     if not bool(torch.isfinite(backgrounds).all()):
         raise ValueError("backgrounds: contains NaN or infinite numbers")
     backgrounds = backgrounds.expand(v, channels)
@@ -278,7 +300,9 @@ def scene_args(
 
 
 def color_source(features: Tensor, view_colors: Tensor, num_gaussians: int) -> tuple[Tensor, int]:
-    """Where blending reads colours, and its stride from view to view: features themselves if they are colours."""
+    """Where blending reads colours, and its stride from view to view: features themselves if they are
+    colours.
+    """
     if view_colors.numel():
         return view_colors, num_gaussians * view_colors.shape[-1]
     return features, num_gaussians * features.shape[-1] if features.ndim == 3 else 0
@@ -293,7 +317,7 @@ def raise_bad(flags: int) -> None:
 @torch.library.custom_op(
     "diff2to3::rasterize_forward",
     mutates_args=(),
-    device_types="cpu",
+    device_types=("cpu", "cuda"),
     schema=f"({SCENE_SCHEMA}, {SETTINGS_SCHEMA}) -> (Tensor picture, Tensor alphas, {STATE_SCHEMA})",
 )
 def rasterize_forward(
@@ -313,11 +337,12 @@ def rasterize_forward(
     copied = sh_degree >= 0 or with_depth
     view_colors = means.new_empty((v, g, channels) if copied else (0, 0, channels))
     offsets = torch.empty(v * g + 1, dtype=torch.int32, device=device)
-    bad = torch.zeros(1, dtype=torch.int64)
-    name = suffix(means)
+    bad = torch.zeros(1, dtype=torch.int64, device=device)
+    name, on_gpu = suffix(means), target(device) == "cuda"
     pairs = call(
-        f"raster_project_{name}", *scene, splats, depths, view_colors if copied else None, offsets, bad, device=device
-    )
+        f"raster_project_{name}", *scene, splats, depths, view_colors if copied else None, offsets, bad,
+        *([scratch("raster_project_f32", v * g, device=device)] if on_gpu else []), device=device,
+    )  # fmt: skip
     raise_bad(int(bad))
     if not copied and not bool(torch.isfinite(features).all()):
         raise_bad(16)
@@ -327,9 +352,11 @@ def rasterize_forward(
     alphas, transmittance = means.new_empty(v, height, width), means.new_empty(v, height, width)
     last_ids = torch.empty(v, height, width, dtype=torch.int32, device=device)
     source, stride = color_source(features, view_colors, g)
+    lists = v * num_tiles(width, height)
     call(
         f"raster_blend_{name}", *scene, splats, depths, source, stride, offsets, backgrounds, max_alpha,
-        transmittance_stop, ids, tile_offsets, picture, alphas, transmittance, last_ids, device=device,
+        transmittance_stop, ids, tile_offsets, picture, alphas, transmittance, last_ids,
+        *([pairs, scratch("raster_blend_f32", pairs, lists, device=device)] if on_gpu else []), device=device,
     )  # fmt: skip
     return picture, alphas, transmittance, last_ids, splats, view_colors, offsets, ids, tile_offsets
 
@@ -360,7 +387,7 @@ def _(
 @torch.library.custom_op(
     "diff2to3::rasterize_backward",
     mutates_args=(),
-    device_types="cpu",
+    device_types=("cpu", "cuda"),
     schema=f"(Tensor v_picture, Tensor? v_alphas, {SCENE_SCHEMA}, {STATE_SCHEMA}, {SETTINGS_SCHEMA}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -383,10 +410,11 @@ def rasterize_backward(
     fullest = int((bounds[1:] - bounds[:-1]).max())
     slots = means.new_empty(fullest, 6 + v_picture.shape[-1])
     source, stride = color_source(features, view_colors, g)
+    on_gpu = target(means.device) == "cuda"
     call(
         f"raster_backward_{suffix(means)}", *scene, splats, source, stride, offsets, backgrounds, max_alpha,
         transmittance_stop, ids, tile_offsets, transmittance, last_ids, v_picture, v_alphas, slots, *grads,
-        device=means.device,
+        *([scratch("raster_backward_f32", g, device=means.device)] if on_gpu else []), device=means.device,
     )  # fmt: skip
     return tuple(grads)
 

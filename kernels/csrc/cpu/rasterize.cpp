@@ -59,9 +59,6 @@ inline void write_color(const Scene<S>& scene, int64_t view, int64_t i, const S*
   if (scene.with_depth) out[scene.channels] = depth;
 }
 
-// Bits of the result of raster_project's `bad` output: which argument holds a number that is not finite.
-enum { BAD_MEANS = 1, BAD_QUATS = 2, BAD_SCALES = 4, BAD_OPACITIES = 8, BAD_FEATURES = 16 };
-
 template <class S>
 inline bool all_finite(const S* values, int64_t count) {
   S probe = S(0);  // x − x is 0 for every finite x and NaN for the others
@@ -398,18 +395,7 @@ Picture<S> make_picture(const Splat<S>* splats, const S* colors, const int32_t* 
 }  // namespace
 }  // namespace d23
 
-// The exported functions, once for float and once for double. The scene's arguments come first, always alike.
-#define D23_SCENE_ARGS(S)                                                                                            \
-  const S *means, const S *quats, const S *scales, const S *opacities, const S *features, const S *viewmats,        \
-      const S *campos, const S *Ks, int64_t num_gaussians, int64_t num_views, int64_t feature_size,                 \
-      int64_t feature_view_stride, int64_t sh_degree, int64_t channels, int64_t with_depth, int64_t antialiased,    \
-      int64_t width, int64_t height, double eps2d, double near_plane, double alpha_threshold
-#define D23_SCENE(S)                                                                                                 \
-  d23::Scene<S> scene = {means,        quats,     scales,       opacities,           features,      viewmats,       \
-                         campos,       Ks,        num_gaussians, num_views,          feature_size,  feature_view_stride, \
-                         int(sh_degree), int(channels), with_depth != 0, antialiased != 0, int(width), int(height), \
-                         S(eps2d),     S(near_plane), S(alpha_threshold)}
-
+// The exported functions, once for float and once for double.
 #define D23_DEFINE_RASTERIZER(S, SUFFIX)                                                                             \
   /* splats [V, G], depths [V, G], colors [V, G, C] or null (then features are the colours), offsets [V*G + 1]:     \
      running count of tiles; bad: BAD_* bits. Returns the number of (Gaussian, tile) pairs. */                       \

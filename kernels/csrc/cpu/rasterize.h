@@ -5,49 +5,9 @@
 
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
-#include "gaussian_math.h"
+#include "rasterize_scene.h"
 
 namespace d23 {
-
-inline int tiles_across(int pixels) { return (pixels + TILE - 1) / TILE; }
-
-// The tiles that a splat's pixel rectangle touches.
-struct TileRect {
-  int16_t x0, x1, y0, y1;  // inclusive
-  int count() const { return (x1 - x0 + 1) * (y1 - y0 + 1); }
-};
-
-template <class S>
-inline TileRect tile_rect(const Splat<S>& s) {
-  return {static_cast<int16_t>(s.rect[0] / TILE), static_cast<int16_t>(s.rect[1] / TILE),
-          static_cast<int16_t>(s.rect[2] / TILE), static_cast<int16_t>(s.rect[3] / TILE)};
-}
-
-template <class S>
-inline bool on_screen(const Splat<S>& s) {
-  return s.rect[0] <= s.rect[1] && s.rect[2] <= s.rect[3];
-}
-
-// The scene and the cameras, as Python passes them. sh_degree < 0: features are plain colours.
-template <class S>
-struct Scene {
-  const S *means, *quats, *scales, *opacities;  // [G, 3], [G, 4], [G, 3], [G]
-  const S* features;                            // [G, K, 3], or [G, C] or [V, G, C]
-  const S *viewmats, *campos, *Ks;              // [V, 4, 4], [V, 3], [V, 3, 3]
-  int64_t num_gaussians, num_views;
-  int64_t feature_size, feature_view_stride;    // numbers a Gaussian; 0 where all views share them
-  int sh_degree, channels;                      // channels of the picture, without depth
-  bool with_depth, antialiased;
-  int width, height;
-  S eps2d, near_plane, alpha_threshold;
-
-  int color_size() const { return channels + (with_depth ? 1 : 0); }
-  Camera<S> camera(int64_t v) const {
-    Camera<S> c;
-    c.set(viewmats + 16 * v, campos + 3 * v, Ks + 9 * v, width, height, eps2d, near_plane, antialiased);
-    return c;
-  }
-};
 
 // Everything blending reads and writes for one picture.
 template <class S>
