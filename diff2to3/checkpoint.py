@@ -1,0 +1,176 @@
+"""Weights on disk: safetensors beside a JSON file that says what they are. Nothing is ever unpickled.
+
+A *bundle* is a folder of ``model.json`` and one safetensors file a network:
+
+    {"format": "diff2to3-bundle", "version": 1, "kind": "image-to-3d", "license": "MIT", "source": …,
+     "networks": {"decoder": {"type": "Decoder", "config": {…}, "file": "decoder.safetensors",
+                              "sha256": "…", "half": true}, …},
+     "settings": {…}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from diff2to3.errors import InputError
+from diff2to3.files import write_atomic
+
+MODEL_FILE = "model.json"
+FORMAT = "diff2to3-bundle"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class NetworkEntry:
+    """One network of a bundle. ``file`` is relative to the folder; ``half`` says that its torso was trained
+    for, or released in, float16.
+    """
+
+    type: str
+    config: dict[str, Any]
+    file: str
+    sha256: str = ""
+    half: bool = False
+
+
+@dataclass(frozen=True)
+class BundleInfo:
+    """The content of ``model.json``. ``settings`` is free for the pipeline: samplers, normalisation,
+    conditioner.
+    """
+
+    kind: str
+    networks: dict[str, NetworkEntry]
+    settings: dict[str, Any] = field(default_factory=dict)
+    license: str = ""
+    source: str = ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; InputError that names the file and says what is wrong."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return value
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU; InputError for a missing, truncated or foreign file."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a complete safetensors file: {error}") from error
+
+
+def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], origin: str | Path) -> None:
+    """Copy ``tensors`` into ``network``: every name and shape must fit; dtypes become the network's.
+
+    A network built on the meta device is filled without first being initialised.
+
+    Raises:
+        InputError: names the first missing, unexpected or misshapen tensor, and counts the others.
+    """
+    state = network.state_dict()
+    problems = [f"no tensor {name!r}" for name in state if name not in tensors]
+    problems += [f"unexpected tensor {name!r}" for name in tensors if name not in state]
+    problems += [
+        f"{name!r} is {list(tensors[name].shape)}, not {list(state[name].shape)}"
+        for name in state
+        if name in tensors and tensors[name].shape != state[name].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise InputError(f"{origin}: does not fit the network: {problems[0]}{more}")
+    cast = {name: tensors[name].to(state[name].dtype) for name in state}
+    network.load_state_dict(cast, assign=any(value.is_meta for value in state.values()))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file atomically; returns its SHA-256."""
+    plain = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
+    data = safetensors.torch.save(plain)
+    write_atomic(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def save_bundle(folder: Path, info: BundleInfo, tensors: Mapping[str, Mapping[str, Tensor]]) -> BundleInfo:
+    """Write every network's tensors, then ``model.json`` with their hashes; returns what was written.
+
+    ``model.json`` is written last: a folder with one is complete.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = {}
+    for name, entry in info.networks.items():
+        digest = save_tensors(folder / entry.file, tensors[name])
+        entries[name] = NetworkEntry(entry.type, entry.config, entry.file, digest, entry.half)
+    values = {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": info.kind,
+        "license": info.license,
+        "source": info.source,
+        "networks": {name: vars(entry) for name, entry in entries.items()},
+        "settings": info.settings,
+    }
+    write_atomic(folder / MODEL_FILE, json.dumps(values, indent=2, allow_nan=False) + "\n")
+    return BundleInfo(info.kind, entries, info.settings, info.license, info.source)
+
+
+def read_bundle(folder: Path) -> BundleInfo:
+    """``model.json`` of a bundle, checked. Does not read the weights."""
+    path = folder / MODEL_FILE
+    values = read_json(path)
+    if values.get("format") != FORMAT:
+        raise InputError(f'{path}: expected "format": "{FORMAT}", got {values.get("format")!r}')
+    if values.get("version") != VERSION:
+        raise InputError(
+            f"{path}: version {values.get('version')!r} is not {VERSION}; install a diff2to3 that reads it"
+        )
+    try:
+        entries = {name: NetworkEntry(**entry) for name, entry in values["networks"].items()}
+        info = BundleInfo(
+            values["kind"], entries, values["settings"], values.get("license", ""), values.get("source", "")
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged: {error}") from error
+    for entry in entries.values():
+        if Path(entry.file).name != entry.file:
+            raise InputError(f"{path}: file {entry.file!r} is not in the folder")
+    return info
+
+
+def check_hashes(folder: Path, info: BundleInfo) -> None:
+    """InputError that names the first file whose content is not what ``model.json`` says."""
+    for entry in info.networks.values():
+        path = folder / entry.file
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+        if entry.sha256 and file_sha256(path) != entry.sha256:
+            raise InputError(f"{path}: damaged: its SHA-256 is not the one in {MODEL_FILE}")

@@ -1,0 +1,1 @@
+"""Flow matching: networks that predict velocities, and samplers over any velocity."""

@@ -1,0 +1,1 @@
+"""Gaussians as files and pictures."""

@@ -1,0 +1,229 @@
+"""The standard 3DGS ``.ply``: one vertex a Gaussian, as written by the original code and read by every
+viewer.
+
+    x y z  nx ny nz  f_dc_0..2  f_rest_0..3(K−1)−1  opacity  scale_0..2  rot_0..3
+
+Stored before activation: opacity is a logit, scales are logarithms, rot is a quaternion wxyz (any length),
+f_rest holds the higher spherical-harmonic coefficients channel by channel. Normals are zero. Metadata
+travels in comment lines (``comment diff2to3 {"frame": …}``), which other programs skip.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diff2to3.errors import InputError
+from diff2to3.files import write_atomic
+from diff2to3.types import Gaussians
+
+COMMENT = "diff2to3"
+#: What every file of ours says about itself, beside what the caller adds.
+CONVENTIONS = {
+    "frame": "right-handed, z up",
+    "color_space": "sRGB-encoded",
+}
+#: Opacities are kept this far from 0 and 1, so that their logits are finite.
+OPACITY_MARGIN = 1e-6
+SMALLEST_SCALE = 1e-12
+MAX_HEADER = 1 << 16
+
+PLY_TYPES = {
+    "char": "i1",
+    "int8": "i1",
+    "uchar": "u1",
+    "uint8": "u1",
+    "short": "i2",
+    "int16": "i2",
+    "ushort": "u2",
+    "uint16": "u2",
+    "int": "i4",
+    "int32": "i4",
+    "uint": "u4",
+    "uint32": "u4",
+    "float": "f4",
+    "float32": "f4",
+    "double": "f8",
+    "float64": "f8",
+}
+BASE = ("x", "y", "z", "opacity", "scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3")
+DC = ("f_dc_0", "f_dc_1", "f_dc_2")
+
+
+def write_ply(path: str | Path, gaussians: Gaussians, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write ``gaussians`` and JSON-serialisable ``metadata``; an existing file is replaced at once or not at
+    all.
+
+    Raises:
+        ValueError: values that are NaN or infinite.
+        OSError: the file cannot be written.
+    """
+    write_atomic(Path(path), ply_bytes(gaussians, metadata))
+
+
+def ply_bytes(gaussians: Gaussians, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """The file's content."""
+    columns = ply_columns(gaussians)
+    bad = [name for name, values in columns.items() if not np.isfinite(values).all()]
+    if bad:
+        raise ValueError(f"gaussians: NaN or infinite values in {', '.join(bad)}")
+    note = json.dumps({**CONVENTIONS, **(metadata or {})}, ensure_ascii=True)
+    header = ["ply", "format binary_little_endian 1.0", f"comment {COMMENT} {note}"]
+    header += [f"element vertex {len(gaussians)}"]
+    header += [f"property float {name}" for name in columns]
+    header += ["end_header", ""]
+    table = np.stack(list(columns.values()), 1).astype("<f4") if len(gaussians) else np.zeros((0, 1), "<f4")
+    return "\n".join(header).encode("ascii") + table.tobytes()
+
+
+def ply_columns(g: Gaussians) -> dict[str, np.ndarray]:
+    """Property name → values [G], in the file's order."""
+
+    def numpy(x: Tensor) -> np.ndarray:
+        return x.detach().to("cpu", torch.float64).numpy()
+
+    opacity = numpy(g.opacities).clip(OPACITY_MARGIN, 1 - OPACITY_MARGIN)
+    scales = np.log(numpy(g.scales).clip(min=SMALLEST_SCALE))
+    num_rest = 3 * (g.sh.shape[1] - 1)
+    rest = numpy(g.sh[:, 1:]).transpose(0, 2, 1).reshape(len(g), num_rest)
+    columns = dict(zip("xyz", numpy(g.means).T, strict=True))
+    columns |= {name: np.zeros(len(g)) for name in ("nx", "ny", "nz")}
+    columns |= dict(zip(DC, numpy(g.sh[:, 0]).T, strict=True))
+    columns |= {f"f_rest_{i}": rest[:, i] for i in range(num_rest)}
+    columns["opacity"] = np.log(opacity) - np.log1p(-opacity)
+    columns |= {f"scale_{i}": scales[:, i] for i in range(3)}
+    columns |= {f"rot_{i}": values for i, values in enumerate(numpy(g.quats).T)}
+    return columns
+
+
+def read_ply(path: str | Path) -> tuple[Gaussians, dict[str, Any]]:
+    """Gaussians and metadata ({} in files of other programs). Reads binary (both orders) and ASCII files.
+
+    Raises:
+        InputError: no such file, not a .ply, not one of 3D Gaussians, truncated, or with NaN or infinite
+        values.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    header, start = parse_header(path, data)
+    columns = read_vertices(path, header, data, start)
+    return gaussians_from_columns(path, columns), header.metadata
+
+
+@dataclass(frozen=True)
+class Header:
+    """``properties``: (name, numpy type without byte order) of the vertex element."""
+
+    order: str
+    num_vertices: int
+    properties: tuple[tuple[str, str], ...]
+    metadata: dict[str, Any]
+
+
+def parse_header(path: Path, data: bytes) -> tuple[Header, int]:
+    """The header, and where the vertices start."""
+    if not data.startswith((b"ply\n", b"ply\r\n")):
+        raise InputError(f"{path}: not a .ply file")
+    end = data.find(b"end_header", 0, MAX_HEADER)
+    newline = data.find(b"\n", end)
+    if end < 0 or newline < 0:
+        raise InputError(f"{path}: the header has no end; the file is truncated or damaged")
+    orders = {"binary_little_endian": "<", "binary_big_endian": ">", "ascii": "ascii"}
+    order, elements, metadata = "", [], {}
+    properties: list[tuple[str, str]] = []
+    for line in data[:end].decode("ascii", "replace").splitlines()[1:]:
+        words = line.split()
+        match words:
+            case ["format", name, *_]:
+                order = orders.get(name, "")
+            case ["comment", tag, *_] if tag == COMMENT:
+                metadata = parse_metadata(line.split(COMMENT, 1)[1])
+            case ["element", name, count] if count.isdigit():
+                elements.append((name, int(count)))
+            case ["property", kind, name] if elements and elements[-1][0] == "vertex":
+                if len(elements) > 1 or kind not in PLY_TYPES:
+                    raise InputError(f"{path}: unsupported .ply layout at {line!r}")
+                properties.append((name, PLY_TYPES[kind]))
+            case ["property", "list", *_] if elements and elements[-1][0] == "vertex":
+                raise InputError(f"{path}: not a .ply of 3D Gaussians: the vertices hold lists")
+    if not order:
+        raise InputError(f"{path}: unknown .ply format; expected binary or ascii")
+    if not elements or elements[0][0] != "vertex":
+        names = ", ".join(name for name, _ in elements) or "none"
+        hint = "; it is a compressed splat file, export it as plain .ply" if "chunk" in names else ""
+        raise InputError(f"{path}: expected vertices first, found the elements {names}{hint}")
+    return Header(order, elements[0][1], tuple(properties), metadata), newline + 1
+
+
+def parse_metadata(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def read_vertices(path: Path, header: Header, data: bytes, start: int) -> dict[str, np.ndarray]:
+    """Property name → float64 values [G]."""
+    names = [name for name, _ in header.properties]
+    if len(set(names)) < len(names):
+        raise InputError(f"{path}: a property occurs twice")
+    count = header.num_vertices
+    if header.order == "ascii":
+        words = data[start:].split(None, count * len(names))[: count * len(names)]
+        if len(words) < count * len(names):
+            raise InputError(
+                f"{path}: truncated: {count} vertices expected, {len(words) // len(names)} found"
+            )
+        try:
+            table = np.array(words, dtype=np.float64).reshape(count, len(names))
+        except ValueError as error:
+            raise InputError(f"{path}: a vertex is not a row of numbers") from error
+        return {name: table[:, i] for i, name in enumerate(names)}
+    layout = np.dtype([(name, header.order + kind) for name, kind in header.properties])
+    found = (len(data) - start) // max(layout.itemsize, 1)
+    if found < count:
+        raise InputError(f"{path}: truncated: {count} vertices expected, {found} found")
+    rows = np.frombuffer(data, layout, count, start)
+    return {name: rows[name].astype(np.float64) for name in names}
+
+
+def gaussians_from_columns(path: Path, columns: dict[str, np.ndarray]) -> Gaussians:
+    missing = [name for name in (*BASE, *DC) if name not in columns]
+    if missing:
+        raise InputError(f"{path}: not a .ply of 3D Gaussians: no property {', '.join(missing)}")
+    num_rest = sum(name.startswith("f_rest_") for name in columns)
+    per_channel = num_rest // 3
+    rest_names = [f"f_rest_{i}" for i in range(num_rest)]
+    if num_rest not in (0, 9, 24, 45) or any(name not in columns for name in rest_names):
+        raise InputError(f"{path}: {num_rest} properties f_rest_*; expected 0, 9, 24 or 45, numbered from 0")
+    used = (*BASE, *DC, *rest_names)
+    bad = [name for name in used if not np.isfinite(columns[name]).all()]
+    if bad:
+        raise InputError(f"{path}: NaN or infinite values in {', '.join(bad)}")
+
+    def stack(*names: str) -> Tensor:
+        return torch.from_numpy(np.stack([columns[n] for n in names], -1))
+
+    num = len(columns["x"])
+    dc = stack(*DC)[:, None]
+    rest = stack(*rest_names).reshape(num, 3, per_channel).transpose(1, 2) if num_rest else dc[:, :0]
+    limit = math.log(torch.finfo(torch.float32).max)
+    return Gaussians(
+        stack("x", "y", "z").float(),
+        stack("rot_0", "rot_1", "rot_2", "rot_3").float(),
+        stack("scale_0", "scale_1", "scale_2").clamp(max=limit).exp().float(),
+        torch.sigmoid(stack("opacity")[:, 0]).float(),
+        torch.cat([dc, rest], 1).float(),
+    )

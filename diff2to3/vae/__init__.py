@@ -1,0 +1,1 @@
+"""The autoencoders: voxel features to latents to Gaussians, and occupancy grids to latents and back."""
