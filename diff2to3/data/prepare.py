@@ -188,7 +188,8 @@ class _StageRun:
         """Make what is missing or damaged, shard by shard as their assets finish."""
         start = time.perf_counter()
         pending: dict[int, list[PlannedAsset]] = {}
-        for shard in self.assets:
+        checking = f"{self.stage.name}: checking what is there"
+        for shard in tqdm(self.assets, checking, leave=False, unit="shard", delay=2, disable=not progress):
             todo = self._check(shard)
             if todo is not None:
                 pending[shard] = todo
@@ -286,7 +287,8 @@ class _StageRun:
         return vanished
 
     def _outcomes(self, executor: Executor, tasks: Sequence[Task]) -> Iterator[Outcome]:
-        memory = self.config.limits.memory_gib
+        # Only stages that read files from strangers: a limit on memory gets in the way of GPU drivers.
+        memory = None if self.stage.inputs else self.config.limits.memory_gib
         work = Work(
             Context(self.config, self.stage.name, self.stage.inputs),
             run_task,

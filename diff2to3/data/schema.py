@@ -107,7 +107,7 @@ class LimitConfig:
     """What one asset may cost before it is given up and reported.
 
     seconds      in one stage
-    memory_gib   of the worker, beyond what it needs itself; null for no limit
+    memory_gib   of a worker that reads the source, beyond what it needs itself; null for no limit
     max_faces    triangles
     max_file_mib size of the file
     """

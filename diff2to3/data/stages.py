@@ -99,19 +99,20 @@ class RenderStage:
         members: dict[str, bytes] = {}
         cameras: dict[str, torch.Tensor] = {}
         renderers: set[str] = set()
+        depths = any(view_set.depths for view_set in self.config.view_sets.values())
+        with clock("start renderer"):  # one for all sets: what light does to the mesh is worked out once
+            renderer = make_renderer(mesh, replace(self.config.render, outputs=("depths",) if depths else ()))
         for name, view_set in self.config.view_sets.items():
             generator = generator_for(self.config.seed, asset.id, name)
             size = view_set.size
             viewmats, Ks = sample_cameras(view_set.cameras, size, size, generator)
-            outputs = ("depths",) if view_set.depths else ()
             with clock(f"views {name}"):
-                config = replace(self.config.render, outputs=outputs)
-                views = make_renderer(mesh, config).render(viewmats, Ks, size, size)
+                views = renderer.render(viewmats, Ks, size, size)
             renderers.add(views.renderer)
             with clock("encode"):
                 for i in range(len(views)):
                     members[f"{name}_{i:03d}.webp"] = encode_image(views.images[i], views.alphas[i])
-                    if views.depths is not None:
+                    if view_set.depths and views.depths is not None:
                         members[f"{name}_{i:03d}.depth.png"] = encode_depth(views.depths[i], viewmats[i])
             cameras |= {f"{name}.viewmats": viewmats, f"{name}.Ks": Ks}
         members["cameras.safetensors"] = save_tensors(cameras)
