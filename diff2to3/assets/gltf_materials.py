@@ -50,8 +50,8 @@ class UvMap:
         """float32 [P, 2] -> float32 [P, 2]."""
         if self.matrix == ((1, 0, 0), (0, 1, 0)):
             return uvs.astype(np.float32)
-        matrix = np.array(self.matrix)
-        return (uvs.astype(np.float64) @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32)
+        u, v = uvs.astype(np.float64).T
+        return np.stack([a * u + b * v + c for a, b, c in self.matrix], 1).astype(np.float32)
 
 
 class MaterialReader:

@@ -266,9 +266,13 @@ def _pose(
 
 
 def _transform(matrices: np.ndarray, points: np.ndarray) -> np.ndarray:
-    if matrices.ndim == 2:
-        return points @ matrices[:3, :3].T + matrices[:3, 3]
-    return np.einsum("pij,pj->pi", matrices[:, :3, :3], points) + matrices[:, :3, 3]
+    return _rotate(matrices[..., :3, :3], points) + matrices[..., :3, 3]
+
+
+def _rotate(matrices: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """[3, 3] or [P, 3, 3] times [P, 3], written out: a matrix product's rounding depends on the machine."""
+    columns = [matrices[..., :, k] * vectors[:, k, None] for k in range(3)]
+    return np.asarray(columns[0] + columns[1] + columns[2])
 
 
 def _transform_normals(matrices: np.ndarray, normals: np.ndarray) -> np.ndarray:
@@ -283,9 +287,7 @@ def _transform_normals(matrices: np.ndarray, normals: np.ndarray) -> np.ndarray:
         -2,
     )
     cofactor = cofactor * np.sign(np.linalg.det(a))[..., None, None]
-    if matrices.ndim == 2:
-        return normals @ cofactor.T
-    return np.einsum("pij,pj->pi", cofactor, normals)
+    return _rotate(cofactor, normals)
 
 
 def _unit_range(values: np.ndarray) -> np.ndarray:

@@ -9,6 +9,8 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from diff2to3.assets.gltf import Gltf
 from diff2to3.assets.gltf_scene import read_parts
 from diff2to3.assets.limits import Limits
@@ -72,8 +74,9 @@ def load_mesh(
         limits.check("bytes", len(data), "max_file_bytes")
         if up not in ("auto", "y", "z"):
             raise ValueError(f"up: expected auto, y or z, got {up!r}")
-        parts, notes = _READERS[kind](data, kind, resolve, limits)
-        return assemble(parts, UP_AXIS[kind] if up == "auto" else up, label, notes)
+        with np.errstate(all="ignore"):  # numbers that are not finite are found and reported below
+            parts, notes = _READERS[kind](data, kind, resolve, limits)
+            return assemble(parts, UP_AXIS[kind] if up == "auto" else up, label, notes)
     except InputError as error:
         raise InputError(f"{label}: {error}") from error
     except _DAMAGE as error:
