@@ -136,6 +136,7 @@ def library_for(device: torch.device) -> ctypes.CDLL | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # torch.compile need not look inside: nothing here depends on data
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """``native`` or ``reference`` for this device and dtype. ValueError for an unknown name."""
     if backend not in BACKENDS:

@@ -32,9 +32,11 @@ class RasterSettings:
 
 @dataclass(frozen=True)
 class Splats:
-    """Gaussians on the screen of one view: means2d [G, 2], conics [G, 3] (a, b, c), opacities [G], depths [G].
+    """Gaussians on the screen of one view: means2d [G, 2], conics [G, 3] (a, b, c), opacities [G], depths
+    [G].
 
-    ``rects`` [G, 4] holds the first and last pixel column and row that each can reach (empty if first > last).
+    ``rects`` [G, 4] holds the first and last pixel column and row that each can reach (empty if first >
+    last).
     """
 
     means2d: Tensor
@@ -56,9 +58,17 @@ def rotation_from_quat(quats: Tensor) -> Tensor:
 
 
 def project(
-    means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, viewmat: Tensor, K: Tensor, s: RasterSettings
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    viewmat: Tensor,
+    K: Tensor,
+    s: RasterSettings,
 ) -> Splats:
-    """EWA projection into one view with the screen filter eps2d (px²) and, if asked, mip-splatting's compensation."""
+    """EWA projection into one view with the screen filter eps2d (px²) and, if asked, mip-splatting's
+    compensation.
+    """
     cam = means @ viewmat[:3, :3].T + viewmat[:3, 3]
     in_front = cam[:, 2] > s.near_plane
     z = torch.where(in_front, cam[:, 2], torch.ones_like(cam[:, 2]))
@@ -84,9 +94,15 @@ def project(
         opacities = opacities * torch.where(seen_edge_on, zero, ratio.sqrt())
 
     with torch.no_grad():
-        reach = 2 * (opacities.clamp_min(1e-30) / s.alpha_threshold).log() if s.alpha_threshold else zero + torch.inf
+        reach = (
+            2 * (opacities.clamp_min(1e-30) / s.alpha_threshold).log()
+            if s.alpha_threshold
+            else zero + torch.inf
+        )
         seen = in_front & (reach > 0)
-        extent = (reach.clamp_min(0)[:, None] * torch.stack([xx + s.eps2d, yy + s.eps2d], -1)).sqrt() * 1.0001 + 0.01
+        extent = (
+            reach.clamp_min(0)[:, None] * torch.stack([xx + s.eps2d, yy + s.eps2d], -1)
+        ).sqrt() * 1.0001 + 0.01
         center, size = torch.stack([fx * u + cx, fy * v + cy], -1), center_limits(s, means)
         first = (center - extent - 0.5).ceil().maximum(torch.zeros_like(size)).minimum(size)
         last = (center + extent - 0.5).floor().minimum(size - 1).maximum(-torch.ones_like(size))
@@ -101,7 +117,9 @@ def center_limits(s: RasterSettings, like: Tensor) -> Tensor:
 
 
 def sh_basis(degree: int, dirs: Tensor) -> Tensor:
-    """Real spherical harmonics in the order and with the signs of 3DGS files: [G, 3] unit -> [G, (degree + 1)²]."""
+    """Real spherical harmonics in the order and with the signs of 3DGS files: [G, 3] unit -> [G, (degree +
+    1)²].
+    """
     x, y, z = dirs.unbind(-1)
     xx, yy, zz = x * x, y * y, z * z
     basis = [torch.full_like(x, 0.28209479177387814)]
@@ -132,15 +150,18 @@ def colors_from_features(features: Tensor, means: Tensor, campos: Tensor, sh_deg
 def blend_tile(
     pixels: Tensor, means2d: Tensor, conics: Tensor, opacities: Tensor, colors: Tensor, s: RasterSettings
 ) -> tuple[Tensor, Tensor]:
-    """Blend Gaussians, near to far, over pixel centres [P, 2]: colours [P, C] and remaining transmittance [P]."""
+    """Blend Gaussians, near to far, over pixel centres [P, 2]: colours [P, C] and remaining transmittance
+    [P].
+    """
     dx, dy = (pixels[:, None, :] - means2d[None]).unbind(-1)  # [P, G]
     a, b, c = conics.unbind(-1)
     sigma = 0.5 * (a * dx * dx + c * dy * dy) + b * dx * dy
     alphas = (opacities * torch.exp(-sigma)).clamp_max(s.max_alpha)
     alphas = torch.where((sigma >= 0) & (alphas >= s.alpha_threshold), alphas, torch.zeros_like(alphas))
     after = torch.cumprod(1 - alphas, dim=-1)
-    # The Gaussian that would take the transmittance to the stop, and everything behind it, does not count. (Once
-    # at or below the stop the product stays there, so the pixels' counted Gaussians are exactly those above it.)
+    # The Gaussian that would take the transmittance to the stop, and everything behind it, does not count.
+    # (Once at or below the stop the product stays there, so the pixels' counted Gaussians are exactly those
+    # above it.)
     alphas = torch.where(after > s.transmittance_stop, alphas, torch.zeros_like(alphas))
     after = torch.cumprod(1 - alphas, dim=-1)
     before = torch.cat([torch.ones_like(after[:, :1]), after[:, :-1]], -1)
@@ -153,7 +174,11 @@ def rasterize_view(
     """One view from projected Gaussians and their colours [G, C]: picture [H, W, C] and alphas [H, W]."""
     order = torch.argsort(splats.depths, stable=True)
     x0, x1, y0, y1 = splats.rects[order].unbind(-1)
-    base = torch.zeros(colors.shape[-1], dtype=colors.dtype, device=colors.device) if background is None else background
+    base = (
+        torch.zeros(colors.shape[-1], dtype=colors.dtype, device=colors.device)
+        if background is None
+        else background
+    )
     rows, row_alphas = [], []
     for top in range(0, s.height, TILE):
         tiles, tile_alphas = [], []
@@ -168,7 +193,10 @@ def rasterize_view(
                 args = (splats.means2d[ids], splats.conics[ids], splats.opacities[ids], colors[ids])
                 color, transmittance = blend_tile(pixels, *args, s)
             else:
-                color, transmittance = pixels.new_zeros(len(pixels), colors.shape[-1]), pixels.new_ones(len(pixels))
+                color, transmittance = (
+                    pixels.new_zeros(len(pixels), colors.shape[-1]),
+                    pixels.new_ones(len(pixels)),
+                )
             color = color + transmittance[:, None] * base
             tiles.append(color.reshape(bottom - top, right - left, -1))
             tile_alphas.append(1 - transmittance.reshape(bottom - top, right - left))

@@ -290,7 +290,7 @@ D23_FN void sh_basis_vjp(int degree, R x, R y, R z, const R* v, R v_dir[3]) {
 // black, as in files made from 8-bit pictures, keeps its slope, as it does in PyTorch and gsplat.
 template <class S>
 D23_FN S clamp_color(S x) {
-  return x < S(0) ? -S(0) : x;
+  return x < S(0) ? -(x - x) : x;  // minus zero; NaN for minus infinity, so that it is not lost
 }
 template <class S>
 D23_FN bool was_clamped(S color) {

@@ -2,9 +2,10 @@
 
     python tests/parity/rasterizer.py FOLDER
 
-Loads every ``gsplat_*.safetensors`` in FOLDER (scene, camera, picture, gradients; settings in the metadata key
-``config``), runs the whole path with the compiled kernel and with the PyTorch reference, and prints a table.
-The limits come from how far the public reference itself is from float64. Exit code 1 if any is exceeded.
+Loads every ``gsplat_*.safetensors`` in FOLDER (scene, camera, picture, gradients; settings in the metadata
+key ``config``), runs the whole path with the compiled kernel and with the PyTorch reference, and prints a
+table. The limits come from how far the public reference itself is from float64. Exit code 1 if any is
+exceeded.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -30,7 +30,9 @@ def load(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def render(config: dict, data: dict[str, Tensor], backend: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Colours, alphas and the gradients of Σ v_colors·colors + Σ v_alphas·alphas that the file has an answer for."""
+    """Colours, alphas and the gradients of Σ v_colors·colors + Σ v_alphas·alphas that the file has an
+    answer for.
+    """
     leaves = {k: data[k].clone().requires_grad_() for k in PARAMETERS if k in data}
     viewmats = data["viewmat"].reshape(-1, 4, 4).clone().requires_grad_()
     if "sh" in leaves:  # a file may hold more coefficients than the degree it was rendered with
@@ -78,13 +80,20 @@ def check_gradient(name: str, ours: Tensor, theirs: Tensor) -> tuple[str, bool]:
         relative = cosine = float(ours.norm() == 0)
         relative = 1 - relative
     limit = MAX_OPACITY_GRADIENT if name == "grad_opacities" else MAX_GRADIENT
-    return f"{name:16} relative {relative:.1e}  cosine {cosine:.8f}", relative <= limit and cosine >= MIN_COSINE
+    return (
+        f"{name:16} relative {relative:.1e}  cosine {cosine:.8f}",
+        relative <= limit and cosine >= MIN_COSINE,
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="folder with gsplat_*.safetensors")
-    parser.add_argument("--backends", default="native,reference", help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--backends", default="native,reference", help="comma-separated (default: %(default)s)"
+    )
     args = parser.parse_args()
     files = sorted(args.folder.glob("gsplat_*.safetensors"))
     if not files:
@@ -96,7 +105,10 @@ def main() -> int:
         print(f"{path.name}  {config['width']}x{config['height']}  {len(data['means'])} Gaussians  {config}")
         for backend in args.backends.split(","):
             colors, alphas, grads = render(config, data, backend)
-            rows = [check_picture("colors", colors, data["colors"]), check_picture("alphas", alphas, data["alphas"])]
+            rows = [
+                check_picture("colors", colors, data["colors"]),
+                check_picture("alphas", alphas, data["alphas"]),
+            ]
             rows += [check_gradient(name, grad, data[name]) for name, grad in grads.items()]
             for line, good in rows:
                 failures += not good
