@@ -181,8 +181,7 @@ class _StageRun:
         self.root = Path(config.out)
         self.settings = json.dumps(stage.settings(), sort_keys=True)
         self.report = StageReport(stage.name, sum(map(len, assets.values())))
-        self.inputs: dict[int, dict[str, str]] = {}
-        self.stamps: dict[int, str] = {}
+        self.stamps: dict[str, str] = {}  # by key
 
     def run(self, executor: Executor, progress: bool) -> StageReport:
         """Make what is missing or damaged, shard by shard as their assets finish."""
@@ -212,38 +211,44 @@ class _StageRun:
         """None if the shard is done; else its assets without a valid part, after saving what can be saved."""
         shards.remove_leftovers(self.root, self.stage.name, shard)
         upstream = {name: _index(self.root, name, shard) for name in self.stage.inputs}
-        self.inputs[shard] = {name: index.sha256 for name, index in upstream.items()}
-        content = json.dumps([self.settings, self.inputs[shard]], sort_keys=True)
-        self.stamps[shard] = hashlib.sha256(content.encode()).hexdigest()[:16]
-        planned = [asset.key for asset in self.assets[shard]]
-        index = self._valid_index(shard, planned)
+        stamps = self._stamps_of(shard, upstream)
+        self.stamps |= stamps
+        index = self._index_of(shard)
         if index is not None:
-            failed = [e.key for e in index.entries if e.failed is not None]
-            if shards.is_intact(self.root, index, self.checksum):
-                if not (failed and self.retry_failed):
-                    self._count(index)
-                    shards.remove_parts(self.root, self.stage.name, shard)
-                    return None
-            else:
+            intact = shards.is_intact(self.root, index, self.checksum)
+            if not intact:
                 self.report.repaired.append(f"{self.stage.name}/{shard:05d}")
-            shards.salvage(self.root, index, self.stamps[shard])
-            if self.retry_failed:
-                for key in failed:
-                    part_path(self.root, self.stage.name, shard, key).unlink(missing_ok=True)
+            retry = {e.key for e in index.entries if e.failed is not None} if self.retry_failed else set()
+            if intact and not retry and {e.key: e.stamp for e in index.entries} == stamps:
+                self._count(index)
+                shards.remove_parts(self.root, self.stage.name, shard)
+                return None
+            shards.salvage(self.root, index, {k: s for k, s in stamps.items() if k not in retry})
+            for key in retry:
+                part_path(self.root, self.stage.name, shard, key).unlink(missing_ok=True)
         self._pass_on_failures(shard, upstream)
         return [a for a in self.assets[shard] if self._read_part(a) is None]
 
-    def _valid_index(self, shard: int, planned: Sequence[str]) -> ShardIndex | None:
-        """The shard's index if it is whole, and made from today's inputs for these assets."""
+    def _stamps_of(self, shard: int, upstream: Mapping[str, ShardIndex]) -> dict[str, str]:
+        """Key -> hash of what the asset's result here follows from: the settings, and its results before."""
+        results: dict[str, list[str]] = {asset.key: [self.settings] for asset in self.assets[shard]}
+        for index in upstream.values():
+            for entry in index.entries:
+                if entry.key in results:
+                    results[entry.key].append(
+                        entry.sha256 if entry.failed is None else f"failed {entry.failed}"
+                    )
+        return {k: hashlib.sha256(json.dumps(r).encode()).hexdigest()[:16] for k, r in results.items()}
+
+    def _index_of(self, shard: int) -> ShardIndex | None:
+        """The shard's index, None when there is none that can be read."""
         path = shards.index_path(self.root, self.stage.name, shard)
         try:
-            index = shards.read_index(path)
+            return shards.read_index(path)
         except InputError:
             if path.exists():
                 self.report.repaired.append(f"{self.stage.name}/{shard:05d}")
             return None
-        same = dict(index.inputs) == self.inputs[shard] and [e.key for e in index.entries] == list(planned)
-        return index if same else None
 
     def _pass_on_failures(self, shard: int, upstream: Mapping[str, ShardIndex]) -> None:
         """An asset that failed before fails here for that reason: it is never left out without a word."""
@@ -259,11 +264,11 @@ class _StageRun:
                     reasons.setdefault(entry.key, first)
         for key, reason in reasons.items():
             path = part_path(self.root, self.stage.name, shard, key)
-            shards.write_part(path, key, Part(failed=reason), self.stamps[shard])
+            shards.write_part(path, key, Part(failed=reason), self.stamps[key])
 
     def _read_part(self, asset: PlannedAsset) -> Any:
         path = part_path(self.root, self.stage.name, asset.shard, asset.key)
-        return shards.read_part(path, asset.key, self.stamps[asset.shard])
+        return shards.read_part(path, asset.key, self.stamps[asset.key])
 
     def _make(
         self, pending: Mapping[int, list[PlannedAsset]], executor: Executor, bar: tqdm
@@ -274,8 +279,8 @@ class _StageRun:
         for shard in [s for s, count in left.items() if count == 0]:
             self._join(shard, vanished)
         tasks = [
-            Task(self.stage.name, asset, self.stamps[shard])
-            for shard, assets in pending.items()
+            Task(self.stage.name, asset, self.stamps[asset.key])
+            for assets in pending.values()
             for asset in assets
         ]
         for outcome in self._outcomes(executor, tasks):
@@ -300,10 +305,8 @@ class _StageRun:
 
     def _join(self, shard: int, vanished: dict[int, list[PlannedAsset]]) -> None:
         assets = self.assets[shard]
-        pairs = [(asset.id, asset.key) for asset in assets]
-        made = shards.assemble(
-            self.root, self.stage.name, shard, pairs, self.inputs[shard], self.stamps[shard]
-        )
+        wanted = [(asset.id, asset.key, self.stamps[asset.key]) for asset in assets]
+        made = shards.assemble(self.root, self.stage.name, shard, wanted)
         if isinstance(made, ShardIndex):
             self._count(made)
         else:

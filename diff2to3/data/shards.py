@@ -21,6 +21,7 @@ import json
 import os
 import tarfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,7 +36,7 @@ _MAX_NAME = 100  # of a plain ustar header
 
 @dataclass(frozen=True)
 class Part:
-    """One asset's result in one stage: its members with the small facts worth indexing, or the reason it
+    """One asset's result in one stage: members and the small facts worth indexing, or the reason it
     failed."""
 
     members: Mapping[str, bytes] = field(default_factory=dict)
@@ -46,10 +47,15 @@ class Part:
 @dataclass(frozen=True)
 class Entry:
     """An asset in a shard: members' (offset, size) in the tar, and the SHA-256 of all its bytes; or its
-    failure."""
+    failure.
+
+    ``stamp`` says what it was made from: a hash of the stage's settings and of the bytes it read of earlier
+    ones.
+    """
 
     id: str
     key: str
+    stamp: str
     offset: int = 0
     size: int = 0
     sha256: str = ""
@@ -60,12 +66,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a shard holds and what it was made from: ``inputs`` maps earlier stages to their shards'
-    SHA-256."""
+    """What a shard holds."""
 
     stage: str
     shard: int
-    inputs: Mapping[str, str]
     sha256: str
     size: int
     entries: tuple[Entry, ...]
@@ -76,7 +80,6 @@ class ShardIndex:
             "format": FORMAT,
             "stage": self.stage,
             "shard": self.shard,
-            "inputs": dict(sorted(self.inputs.items())),
             "sha256": self.sha256,
             "size": self.size,
         }
@@ -105,9 +108,7 @@ def read_index(path: Path) -> ShardIndex:
         if raw["format"] != FORMAT:
             raise InputError(f"{path}: format {raw['format']!r}, expected {FORMAT!r}")
         entries = tuple(_entry_from_dict(e) for e in raw["assets"])
-        return ShardIndex(
-            str(raw["stage"]), int(raw["shard"]), raw["inputs"], raw["sha256"], int(raw["size"]), entries
-        )
+        return ShardIndex(str(raw["stage"]), int(raw["shard"]), raw["sha256"], int(raw["size"]), entries)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -159,14 +160,10 @@ def read_part(path: Path, key: str, stamp: str) -> tuple[dict[str, Any], bytes] 
 
 
 def assemble(
-    root: Path,
-    stage: str,
-    shard: int,
-    assets: Sequence[tuple[str, str]],
-    inputs: Mapping[str, str],
-    stamp: str,
+    root: Path, stage: str, shard: int, assets: Sequence[tuple[str, str, str]]
 ) -> ShardIndex | list[str]:
-    """Join the parts of ``assets`` (id, key) into the shard, tar first and index last, and remove them.
+    """Join the parts of ``assets`` (id, key, stamp) into the shard, tar first and index last, and remove
+    them.
 
     Returns the index, or the keys of the parts that are missing or damaged, in which case nothing is written.
     """
@@ -177,7 +174,7 @@ def assemble(
     entries: list[Entry] = []
     bad: list[str] = []
     with open(temporary, "wb") as file:
-        for asset_id, key in assets:
+        for asset_id, key, stamp in assets:
             part = read_part(part_path(root, stage, shard, key), key, stamp)
             if part is None:
                 bad.append(key)
@@ -195,7 +192,7 @@ def assemble(
     if bad:
         temporary.unlink()
         return bad
-    index = ShardIndex(stage, shard, dict(inputs), digest.hexdigest(), offset + len(end), tuple(entries))
+    index = ShardIndex(stage, shard, digest.hexdigest(), offset + len(end), tuple(entries))
     os.replace(temporary, target)
     sync_folder(target.parent)
     write_atomic(index_path(root, stage, shard), index.to_json())
@@ -212,33 +209,28 @@ def remove_parts(root: Path, stage: str, shard: int) -> None:
         folder.rmdir()
 
 
-def salvage(root: Path, index: ShardIndex, stamp: str) -> list[str]:
-    """Turn every undamaged asset of a damaged shard back into a part; returns the keys that could not be
-    saved.
+def salvage(root: Path, index: ShardIndex, stamps: Mapping[str, str]) -> None:
+    """Turn the assets of a shard that are undamaged, and still made from what ``stamps`` (by key) says, into
+    parts.
 
-    Failures are kept as they are: they carry no bytes that could be damaged.
+    Failures are kept like results: they carry no bytes that could be damaged.
     """
-    lost = []
     try:
         file: BinaryIO | None = open(tar_path(root, index.stage, index.shard), "rb")
     except OSError:
         file = None
-    for entry in index.entries:
-        path = part_path(root, index.stage, index.shard, entry.key)
-        if entry.failed is not None:
-            write_part(path, entry.key, Part(failed=entry.failed), stamp)
-            continue
-        body = b""
-        if file is not None:
-            file.seek(entry.offset)
-            body = file.read(entry.size)
-        if hashlib.sha256(body).hexdigest() != entry.sha256:
-            lost.append(entry.key)
-            continue
-        _write_part(path, entry.key, body, {"info": dict(entry.info)}, stamp)
-    if file is not None:
-        file.close()
-    return lost
+    with file or nullcontext():
+        for entry in index.entries:
+            if stamps.get(entry.key) != entry.stamp:
+                continue
+            path = part_path(root, index.stage, index.shard, entry.key)
+            if entry.failed is not None:
+                write_part(path, entry.key, Part(failed=entry.failed), entry.stamp)
+            elif file is not None:
+                file.seek(entry.offset)
+                body = file.read(entry.size)
+                if hashlib.sha256(body).hexdigest() == entry.sha256:
+                    _write_part(path, entry.key, body, {"info": dict(entry.info)}, entry.stamp)
 
 
 def remove_leftovers(root: Path, stage: str, shard: int) -> None:
@@ -276,21 +268,24 @@ def _tar_entry(key: str, member: str, data: bytes) -> bytes:
 
 def _entry(asset_id: str, head: Mapping[str, Any], body: bytes, offset: int) -> Entry:
     if "failed" in head:
-        return Entry(asset_id, head["key"], failed=str(head["failed"]))
+        return Entry(asset_id, head["key"], head["stamp"], failed=str(head["failed"]))
     members, position = {}, 0
     while position < len(body):
         info = tarfile.TarInfo.frombuf(body[position : position + _BLOCK], "utf-8", "strict")
         members[info.name[len(head["key"]) + 1 :]] = (offset + position + _BLOCK, info.size)
         position += _BLOCK + -(-info.size // _BLOCK) * _BLOCK
-    return Entry(asset_id, head["key"], offset, len(body), head["sha256"], members, head["info"])
+    return Entry(
+        asset_id, head["key"], head["stamp"], offset, len(body), head["sha256"], members, head["info"]
+    )
 
 
 def _entry_to_dict(entry: Entry) -> dict[str, Any]:
     if entry.failed is not None:
-        return {"id": entry.id, "key": entry.key, "failed": entry.failed}
+        return {"id": entry.id, "key": entry.key, "stamp": entry.stamp, "failed": entry.failed}
     return {
         "id": entry.id,
         "key": entry.key,
+        "stamp": entry.stamp,
         "offset": entry.offset,
         "size": entry.size,
         "sha256": entry.sha256,
@@ -301,11 +296,10 @@ def _entry_to_dict(entry: Entry) -> dict[str, Any]:
 
 def _entry_from_dict(raw: Mapping[str, Any]) -> Entry:
     if "failed" in raw:
-        return Entry(raw["id"], raw["key"], failed=raw["failed"])
+        return Entry(raw["id"], raw["key"], raw["stamp"], failed=raw["failed"])
     members = {name: (int(place[0]), int(place[1])) for name, place in raw["members"].items()}
-    return Entry(
-        raw["id"], raw["key"], int(raw["offset"]), int(raw["size"]), raw["sha256"], members, raw["info"]
-    )
+    where = int(raw["offset"]), int(raw["size"])
+    return Entry(raw["id"], raw["key"], raw["stamp"], *where, raw["sha256"], members, raw["info"])
 
 
 def _dump(value: Any) -> str:

@@ -336,6 +336,8 @@ class TestFailures:
         tried = {t.asset.id for t in executor.tasks if t.stage == "render"}
         assert tried == {"cut", "nan", "empty", "cloud", "large", "escaped"}
         assert set(reports[0].failed) == tried - {"large"}
+        # Of the later stages, what follows from results that did not change stays.
+        assert {t.asset.id for t in executor.tasks if t.stage == "features"} == {"large"}
         assert "large" in [a.id for a in AssetStore(mixed.out).assets()]
 
     def test_an_unexpected_error_is_a_failure_with_its_traceback_in_the_log(

@@ -53,11 +53,11 @@ class TestShards:
         self, parts: list[dict[str, bytes] | str], tmp_path_factory: pytest.TempPathFactory
     ) -> None:
         root = tmp_path_factory.mktemp("shard")
-        assets = [(f"id {i}", f"key-{i}") for i in range(len(parts))]
-        for (_, key), content in zip(assets, parts, strict=True):
+        assets = [(f"id {i}", f"key-{i}", f"stamp-{i}") for i in range(len(parts))]
+        for (_, key, stamp), content in zip(assets, parts, strict=True):
             part = Part(failed=content) if isinstance(content, str) else Part(content, {"n": len(content)})
-            write_part(part_path(root, "stage", 7, key), key, part, "stamp")
-        index = assemble(root, "stage", 7, assets, {"earlier": "abc"}, "stamp")
+            write_part(part_path(root, "stage", 7, key), key, part, stamp)
+        index = assemble(root, "stage", 7, assets)
         assert isinstance(index, ShardIndex)
         assert read_index(index_path(root, "stage", 7)) == index and is_intact(root, index)
         assert not part_path(root, "stage", 7, "x").parent.exists()
@@ -67,8 +67,8 @@ class TestShards:
             files = {m.name: archive.extractfile(m) for m in archive.getmembers()}
             extracted = {name: file.read() for name, file in files.items() if file is not None}
         expected = {}
-        for entry, (asset_id, key), content in zip(index.entries, assets, parts, strict=True):
-            assert (entry.id, entry.key) == (asset_id, key)
+        for entry, (asset_id, key, stamp), content in zip(index.entries, assets, parts, strict=True):
+            assert (entry.id, entry.key, entry.stamp) == (asset_id, key, stamp)
             if isinstance(content, str):
                 assert entry.failed == content
                 continue
@@ -80,32 +80,33 @@ class TestShards:
         assert extracted == expected
 
     def test_missing_damaged_and_foreign_parts_are_named_and_nothing_is_written(self, tmp_path: Path) -> None:
-        assets = [(k, k) for k in "abcd"]
+        assets = [(k, k, "now") for k in "abcd"]
         for key in "abc":
             write_part(part_path(tmp_path, "s", 0, key), key, Part({"x": b"12345"}), "now")
         path = part_path(tmp_path, "s", 0, "b")
         path.write_bytes(path.read_bytes()[:-1] + b"\xff")
         write_part(part_path(tmp_path, "s", 0, "c"), "c", Part({"x": b"1"}), "before")
-        assert assemble(tmp_path, "s", 0, assets, {}, "now") == ["b", "c", "d"]
+        assert assemble(tmp_path, "s", 0, assets) == ["b", "c", "d"]
         assert list((tmp_path / "s").iterdir()) == []
         assert read_part(part_path(tmp_path, "s", 0, "a"), "a", "now") is not None
         assert read_part(part_path(tmp_path, "s", 0, "a"), "b", "now") is None
 
     def test_salvage_keeps_what_is_whole(self, tmp_path: Path) -> None:
-        assets = [(k, k) for k in "abc"]
+        assets = [(k, k, "t") for k in "abc"]
         for key in "ab":
             write_part(part_path(tmp_path, "s", 0, key), key, Part({"x": key.encode() * 600}), "t")
         write_part(part_path(tmp_path, "s", 0, "c"), "c", Part(failed="because"), "t")
-        index = assemble(tmp_path, "s", 0, assets, {}, "t")
+        index = assemble(tmp_path, "s", 0, assets)
         assert isinstance(index, ShardIndex)
         whole = tar_path(tmp_path, "s", 0).read_bytes()
         damaged = bytearray(whole)
         damaged[index.entries[1].members["x"][0]] ^= 1
         tar_path(tmp_path, "s", 0).write_bytes(damaged)
         assert is_intact(tmp_path, index, checksum=False) and not is_intact(tmp_path, index)
-        assert salvage(tmp_path, index, "t") == ["b"]
+        salvage(tmp_path, index, {"a": "t", "b": "t", "c": "t"})
+        assert assemble(tmp_path, "s", 0, assets) == ["b"]
         write_part(part_path(tmp_path, "s", 0, "b"), "b", Part({"x": b"b" * 600}), "t")
-        assert assemble(tmp_path, "s", 0, assets, {}, "t") == index
+        assert assemble(tmp_path, "s", 0, assets) == index
         assert tar_path(tmp_path, "s", 0).read_bytes() == whole
 
     @pytest.mark.parametrize(
