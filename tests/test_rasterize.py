@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from diff2to3.kernels import library
 from diff2to3.kernels import rasterize as module
 from diff2to3.kernels.rasterize import blending_weights, rasterize
 from diff2to3.kernels.rasterize_reference import sh_basis
@@ -272,6 +273,35 @@ def test_independent_of_threads() -> None:
         torch.set_num_threads(before)
     for other in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+
+
+def runnable_variants() -> list[str]:
+    file = library.cpu_library_file()
+    return library.runnable_variants(file.parent) if file else []
+
+
+@pytest.mark.parametrize("variant", runnable_variants())
+@pytest.mark.parametrize("channels", [3, 5])
+def test_every_instruction_set(variant: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each compiled variant that runs here, in float32, is as near to the float64 reference as the reference is."""
+    file = library.cpu_library_file()
+    assert file is not None
+    loaded = library.load_cpu(file.parent, variant)
+    monkeypatch.setattr(library, "cpu_library", lambda: loaded)
+    values = torch.rand(700, channels, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    results = []
+    for backend, dtype in (
+        ("native", torch.float32),
+        ("reference", torch.float32),
+        ("reference", torch.float64),
+    ):
+        scene = {k: v.to(dtype).requires_grad_() for k, v in make_scene(700, terms=1).items()}
+        colors = values.to(dtype).requires_grad_()
+        out = render(scene, 1, 61, 45, colors=colors, backend=backend)
+        grads = torch.autograd.grad(out.colors.square().sum(), [*(scene[n] for n in NAMES), colors])
+        results.append([t.detach().double() for t in (out.colors, out.alphas, *grads)])
+    for ours, theirs, exact in zip(*results, strict=True):
+        assert float((ours - exact).norm()) <= 2 * float((theirs - exact).norm()) + 1e-5 * float(exact.norm())
 
 
 def test_views_are_independent() -> None:
