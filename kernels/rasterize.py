@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .library import call, resolve_backend, scratch, target
+from .library import BACKENDS, call, resolve_backend, scratch, target
+from .rasterize_gsplat import rasterize_gsplat
 from .rasterize_reference import RasterSettings, rasterize_reference
 
 TILE = 16
@@ -84,12 +85,15 @@ def rasterize(
         max_alpha: clamp on one Gaussian's alpha (0.999 in gsplat 1.5, 0.99 in gsplat 1.6 and 3DGS).
         alpha_threshold: smaller alphas do not count.
         transmittance_stop: a pixel is finished before the Gaussian that would leave this little light.
-        backend: ``auto``, ``native`` or ``reference`` (kernels/library.py).
+        backend: ``auto``, ``native`` or ``reference`` (kernels/library.py), or ``gsplat`` for that package's CUDA
+            kernels (rasterize_gsplat.py).
 
     Raises:
         ValueError: a wrong shape, dtype or device, or a number that is not finite; the message names the
         argument.
     """
+    if backend not in (*BACKENDS, "gsplat"):
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, gsplat; got {backend!r}")
     features, sh_degree = check_scene(means, quats, scales, opacities, viewmats, Ks, sh, colors)
     channels = 3 if sh_degree is not None else features.shape[-1]
     check_number("width", width, 1, MAX_IMAGE_SIDE)
@@ -114,7 +118,9 @@ def rasterize(
         transmittance_stop,
     )
     args = (means, quats, scales, opacities, features, viewmats, campos, Ks, backgrounds)
-    if resolve_backend(backend, means.device, means.dtype) == "native":
+    if backend == "gsplat":
+        picture, alphas = rasterize_gsplat(*args, settings)
+    elif resolve_backend(backend, means.device, means.dtype) == "native":
         picture, alphas = rasterize_forward(
             *(None if a is None else a.contiguous() for a in args), *flat(settings)
         )[:2]

@@ -1,6 +1,10 @@
 """The rasteriser against a brute-force renderer in float64 numpy, against its own reference, and by gradcheck."""
 
+import importlib.machinery
+import importlib.util
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diff2to3.kernels import library
+from diff2to3.kernels import library, rasterize_gsplat
 from diff2to3.kernels import rasterize as module
 from diff2to3.kernels.rasterize import blending_weights, rasterize
 from diff2to3.kernels.rasterize_reference import sh_basis
@@ -354,6 +358,49 @@ def test_any_shape(g: int, v: int, width: int, height: int, terms: int, scale: f
         torch.testing.assert_close(
             a, b, rtol=1e-6, atol=1e-8 * (1 + float(b.abs().max()) if b.numel() else 1)
         )
+
+
+def test_gsplat_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter's conventions, with a stand-in of gsplat's signature and layouts that runs on a CPU."""
+    if importlib.util.find_spec("gsplat") is None:
+        with pytest.raises(RuntimeError, match=r"diff2to3\[gsplat\]"):
+            render(make_scene(5, dtype=torch.float32), 1, 9, 9, backend="gsplat")
+    calls = []
+
+    def rasterization(
+        means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane=0.01, far_plane=1e10,
+        radius_clip=0.0, eps2d=0.3, sh_degree=None, packed=True, tile_size=16, backgrounds=None, render_mode="RGB",
+        sparse_grad=False, absgrad=False, rasterize_mode="classic", channel_chunk=32, **_,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
+        calls.append(render_mode)
+        out = rasterize(
+            means, quats, scales, opacities, viewmats, Ks, width, height, backgrounds=backgrounds, eps2d=eps2d,
+            near_plane=near_plane, antialiased=rasterize_mode == "antialiased", depth="D" in render_mode,
+            **({"colors": colors} if sh_degree is None else {"sh": colors}),
+        )  # fmt: skip
+        picture = out.colors if out.depths is None else torch.cat([out.colors, out.depths[..., None]], -1)
+        return picture, out.alphas[..., None], {}
+
+    stand_in = types.ModuleType("gsplat")
+    stand_in.__spec__ = importlib.machinery.ModuleSpec("gsplat", None)
+    stand_in.__version__ = "1.5.3"  # type: ignore[attr-defined]
+    stand_in.rasterization = rasterization  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "gsplat", stand_in)
+    monkeypatch.setattr(rasterize_gsplat, "runs_on", lambda tensor: True)
+    scene = make_scene(60, dtype=torch.float32)
+    background = torch.tensor([0.2, 0.5, 0.9])
+    for depth in (False, True):
+        options = {"backgrounds": background, "depth": depth, "eps2d": 0.1, "antialiased": True}
+        ours, theirs = (render(scene, 2, 31, 23, backend=b, **options) for b in ("auto", "gsplat"))
+        for a, b in zip(ours, theirs, strict=True):
+            assert a is None if b is None else torch.equal(a, b)
+    assert calls == ["RGB", "RGB+D"]
+    with pytest.raises(ValueError, match="max_alpha"):
+        render(scene, 1, 9, 9, backend="gsplat", max_alpha=0.99)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "gsplat", stand_in)
+    with pytest.raises(RuntimeError, match="CUDA device"):
+        render(scene, 1, 9, 9, backend="gsplat")
 
 
 def test_camera_inside_the_cloud() -> None:
