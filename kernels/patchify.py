@@ -158,8 +158,9 @@ def patch_tables(coords: Tensor, patch_size: int, backend: str) -> tuple[Tensor,
         local = coords[:, 1:] % patch_size
         slots.copy_((local[:, 0] * patch_size + local[:, 1]) * patch_size + local[:, 2])
         rows = torch.arange(num_voxels, dtype=torch.int32, device=coords.device)
-        children[slots.long(), parents.long()] = rows
-        again = children[slots.long(), parents.long()] != rows
+        cells = slots.long() * num_patches + parents.long()
+        children.view(-1).scatter_reduce_(0, cells, rows, "amin", include_self=False)
+        again = children.view(-1)[cells] != rows  # a voxel whose place an earlier row has
         status[1] = torch.cat([rows[again].long(), status[1:]]).min()
         patch_coords = torch.cat([coords[:, :1], coords[:, 1:] // patch_size], 1)[order.long()[starts]]
     else:

@@ -110,8 +110,8 @@ def check_backend(backend: str, kernel: int | str | None) -> None:
     if backend not in choices:
         raise ValueError(f"backend: expected one of {', '.join(choices)}, got {backend!r}")
     if backend == "spconv":
-        if kernel == "cross":
-            raise ValueError("backend: 'spconv' has no cross-shaped kernel; use backend='auto'")
+        if kernel in ("cross", 1):  # at size 1, spconv takes the weight for one of [in, out]
+            raise ValueError(f"backend: 'spconv' has no kernel {kernel!r} like ours; use backend='auto'")
         require_spconv()
 
 
