@@ -21,6 +21,9 @@ PUBLISHED_LIGHTS = (
     ("AREA", (0, 0, -10), 1000, 1),
 )
 
+#: Not "color": Cycles has an attribute of its own by that name, which is black.
+COLOR_LAYER = "vertex_color"
+
 
 def main(folder: str) -> None:
     import bpy
@@ -108,7 +111,7 @@ def make_object(bpy: Any, scene: Any, arrays: dict[str, np.ndarray], materials: 
         uvs[:, 1] = 1 - uvs[:, 1]  # Blender's v points up
         mesh.uv_layers.new(name="uv").data.foreach_set("uv", uvs.reshape(-1))
     if "colors" in arrays:
-        layer = mesh.color_attributes.new("color", "FLOAT_COLOR", "POINT")
+        layer = mesh.color_attributes.new(COLOR_LAYER, "FLOAT_COLOR", "POINT")
         layer.data.foreach_set("color", arrays["colors"].astype(np.float32).reshape(-1))
     mesh.update(calc_edges=True)
     if "normals" in arrays:
@@ -166,7 +169,7 @@ def base_color(bpy: Any, tree: Any, spec: Any, folder: str, has_colors: bool) ->
     alpha.default_value = spec["base_color_factor"][3]
     if has_colors:
         attribute = tree.nodes.new("ShaderNodeAttribute")
-        attribute.attribute_name = "color"
+        attribute.attribute_name = COLOR_LAYER
         color = multiply_colors(tree, color, attribute.outputs["Color"])
         alpha = math_node(tree, "MULTIPLY", alpha, attribute.outputs["Alpha"])
     if spec["base_color_texture"] is not None:

@@ -44,7 +44,7 @@ class Lights:
     def irradiance(self, at: SurfacePoints) -> np.ndarray:
         """Light on a white surface, relative to what it reflects at most: float32 [n]."""
         dome = self._dome_light(at.shading)
-        if self._shadows is not None:
+        if self._shadows is not None and self.config.dome_intensity > 0:
             dome *= self._seen.read(at.faces, at.sides, at.u, at.v)
         return dome + self._key_light(at.points, at.flat, at.shading)
 
