@@ -56,6 +56,18 @@ class AssetRecord:
         return None if value in (None, "") else float(value)
 
 
+@dataclass(frozen=True)
+class FetchOptions:
+    """How to fetch: downloads at a time, and a Python with bpy or a Blender that converts .blend files."""
+
+    num_workers: int = 1
+    blender: str = "blender"
+
+
+#: What became of fetching an asset: (id, None), or (id, why not).
+Outcome = tuple[str, str | None]
+
+
 class Catalogue(Protocol):
     """What every catalogue offers. Iteration order does not change between runs."""
 
@@ -69,7 +81,7 @@ class Catalogue(Protocol):
         """The record with this id. InputError when there is none."""
         ...
 
-    def fetch(self, records: Sequence[AssetRecord], num_workers: int = 1) -> Iterator[tuple[str, str | None]]:
+    def fetch(self, records: Sequence[AssetRecord], options: FetchOptions | None = None) -> Iterator[Outcome]:
         """Bring files of ``records`` here; yields (id, None) or (id, why not) as each is done."""
         ...
 
@@ -217,7 +229,7 @@ class LocalCatalogue(RecordList):
         self.name = os.fspath(path)
         self._path = Path(path)
 
-    def fetch(self, records: Sequence[AssetRecord], num_workers: int = 1) -> Iterator[tuple[str, str | None]]:
+    def fetch(self, records: Sequence[AssetRecord], options: FetchOptions | None = None) -> Iterator[Outcome]:
         """The files are here already."""
         for record in records:
             yield record.id, None

@@ -25,16 +25,20 @@ import os
 import re
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diff2to3.assets.catalogue import AssetRecord, Catalogue, RecordList
+from diff2to3.assets.catalogue import AssetRecord, Catalogue, FetchOptions, Outcome, RecordList
+from diff2to3.assets.limits import Limits
 from diff2to3.assets.source import FileSource, open_zip, safe_member
+from diff2to3.blender import run_script
 from diff2to3.errors import InputError, MissingDependencyError
 
 TABLE = "metadata.csv"
+_BLEND_SCRIPT = Path(__file__).with_name("blend_script.py")
 #: Objaverse writes licences in Sketchfab's short words.
 _SKETCHFAB_LICENSES = {
     "by": "CC-BY-4.0",
@@ -46,8 +50,7 @@ _SKETCHFAB_LICENSES = {
     "cc0": "CC0-1.0",
 }
 
-Outcome = tuple[str, str | None]
-Fetcher = Callable[["PublishedCatalogue", Sequence[AssetRecord], int], Iterator[Outcome]]
+Fetcher = Callable[["PublishedCatalogue", Sequence[AssetRecord], FetchOptions], Iterator[Outcome]]
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,11 @@ class PublishedCatalogue(RecordList):
                 return FileSource(str(archive), "/".join(parts[end:]))
         return FileSource(str(self.folder), "/".join(parts))
 
-    def fetch(self, records: Sequence[AssetRecord], num_workers: int = 1) -> Iterator[Outcome]:
+    def fetch(self, records: Sequence[AssetRecord], options: FetchOptions | None = None) -> Iterator[Outcome]:
         """Bring files here, skipping those that are; see :class:`Catalogue`."""
         missing = []
         for record in records:
-            if record.source is not None:
+            if record.source is not None and not record.source.member.endswith(".blend"):
                 yield record.id, None
             else:
                 missing.append(record)
@@ -117,7 +120,7 @@ class PublishedCatalogue(RecordList):
             return
         if self.published.fetch is None:
             raise InputError(f"{self.name}: {len(missing)} files are not here. {self.published.how}")
-        yield from self.published.fetch(self, missing, num_workers)
+        yield from self.published.fetch(self, missing, options or FetchOptions())
 
 
 def read_table(path: Path, published: PublishedSet) -> Iterator[dict[str, str]]:
@@ -173,8 +176,9 @@ class ObjaverseCatalogue(RecordList):
             metadata={key: notes[key] for key in kept if key in notes},
         )
 
-    def fetch(self, records: Sequence[AssetRecord], num_workers: int = 1) -> Iterator[Outcome]:
+    def fetch(self, records: Sequence[AssetRecord], options: FetchOptions | None = None) -> Iterator[Outcome]:
         """Download through the objaverse package into this folder."""
+        num_workers = (options or FetchOptions()).num_workers
         missing = [record.id for record in records if record.source is None]
         yield from ((record.id, None) for record in records if record.source is not None)
         for start in range(0, len(missing), 100):
@@ -212,7 +216,7 @@ def _read_json_gz(path: Path) -> dict[str, Any]:
 
 
 def _fetch_objaverse_xl(
-    catalogue: PublishedCatalogue, records: Sequence[AssetRecord], num_workers: int
+    catalogue: PublishedCatalogue, records: Sequence[AssetRecord], options: FetchOptions
 ) -> Iterator[Outcome]:
     """Download through objaverse.xl, which checks the hashes; repositories are kept as zips."""
     try:
@@ -223,7 +227,7 @@ def _fetch_objaverse_xl(
     by_identifier = {record.metadata["file_identifier"]: record.id for record in records}
     chosen = annotations[annotations["fileIdentifier"].isin(by_identifier)]
     got = objaverse.xl.download_objects(
-        chosen, download_dir=str(catalogue.raw), processes=num_workers, save_repo_format="zip"
+        chosen, download_dir=str(catalogue.raw), processes=options.num_workers, save_repo_format="zip"
     )
     for identifier, asset_id in by_identifier.items():
         yield asset_id, None if identifier in got else "no longer where it was published"
@@ -242,7 +246,7 @@ def _locate_objaverse_xl(raw: Path, identifier: str) -> FileSource:
 
 
 def _fetch_abo(
-    catalogue: PublishedCatalogue, records: Sequence[AssetRecord], num_workers: int
+    catalogue: PublishedCatalogue, records: Sequence[AssetRecord], options: FetchOptions
 ) -> Iterator[Outcome]:
     """Unpack the wanted members of abo-3dmodels.tar, which a person has put into raw/."""
     archive = catalogue.raw / "abo-3dmodels.tar"
@@ -260,7 +264,7 @@ def _fetch_abo(
 
 
 def _fetch_hssd(
-    catalogue: PublishedCatalogue, records: Sequence[AssetRecord], num_workers: int
+    catalogue: PublishedCatalogue, records: Sequence[AssetRecord], options: FetchOptions
 ) -> Iterator[Outcome]:
     try:
         import huggingface_hub
@@ -279,6 +283,31 @@ def _fetch_hssd(
             )
             continue
         yield record.id, None
+
+
+def _fetch_toys4k(
+    catalogue: PublishedCatalogue, records: Sequence[AssetRecord], options: FetchOptions
+) -> Iterator[Outcome]:
+    """Convert the .blend files that a person has put into raw/ to glb files beside them."""
+    for record in records:
+        if record.source is None:
+            yield record.id, f"its .blend file is not here. {catalogue.published.how}"
+            continue
+        member = f"toys4k_blend_files/{safe_member(record.metadata['file_identifier'])}"
+        try:
+            glb = _blend_to_glb(record.source, options.blender)
+        except InputError as error:
+            yield record.id, str(error)
+            continue
+        yield record.id, _save(catalogue.raw / f"{member.removesuffix('.blend')}.glb", glb, None)
+
+
+def _blend_to_glb(source: FileSource, blender: str, seconds: float = 600.0) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="diff2to3-blend-") as name:
+        folder = Path(name)
+        (folder / "asset.blend").write_bytes(source.read(Limits()))
+        result = run_script(blender, _BLEND_SCRIPT, {"file": "asset.blend"}, folder, seconds)
+        return (folder / safe_member(result["file"])).read_bytes()
 
 
 def _save(path: Path, data: bytes, sha256: str | None) -> str | None:
@@ -360,7 +389,7 @@ _SETS: Iterable[PublishedSet] = (
         "toys4k",
         None,
         _locate_toys4k,
-        None,
+        _fetch_toys4k,
         "Download toys4k_blend_files.zip (see https://github.com/rehg-lab/lowshot-shapebias) into raw/.",
         hashed=".blend",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,12 @@ def add_fetch(verbs: Any) -> None:
     )
     _add_filters(parser)
     parser.add_argument("--workers", type=int, default=4, help="downloads at a time (default 4)")
+    parser.add_argument(
+        "--blender",
+        default="blender",
+        metavar="PROGRAM",
+        help="a Blender, or a Python with bpy, that converts .blend files (toys4k)",
+    )
     parser.set_defaults(run_verb=run_fetch)
 
 
@@ -97,8 +104,12 @@ def run_list(args: argparse.Namespace) -> int:
     if args.format == "summary":
         print(_summary(records))
         return 0
-    for record in records:
-        print(_line(record, args.format))
+    try:
+        for record in records:
+            print(_line(record, args.format))
+    except BrokenPipeError:  # piped into head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     if args.format == "table":
         print(_summary(records), file=sys.stderr)
     return 0
@@ -108,6 +119,7 @@ def run_fetch(args: argparse.Namespace) -> int:
     """Fetch the chosen assets; failures go to stderr, one a line."""
     from tqdm import tqdm
 
+    from diff2to3.assets import FetchOptions
     from diff2to3.errors import InputError
 
     if args.workers < 1:
@@ -115,7 +127,7 @@ def run_fetch(args: argparse.Namespace) -> int:
     catalogue, records = _select(args)
     num_failed = 0
     with tqdm(total=len(records), unit="asset", disable=not sys.stderr.isatty()) as progress:
-        for asset_id, reason in catalogue.fetch(records, args.workers):
+        for asset_id, reason in catalogue.fetch(records, FetchOptions(args.workers, args.blender)):
             progress.update()
             if reason is not None:
                 num_failed += 1

@@ -7,18 +7,21 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import pickle
+import subprocess
 import sys
 import tarfile
 import types
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from diff2to3.assets import AssetFilter, load_asset, open_catalogue, read_ids
+from diff2to3.assets import AssetFilter, FetchOptions, load_asset, open_catalogue, read_ids
 from diff2to3.cli import main
-from diff2to3.errors import InputError
+from diff2to3.errors import InputError, MissingDependencyError
 
 
 def sha(data: bytes) -> str:
@@ -186,15 +189,47 @@ def test_toys4k_prefers_converted_files(tmp_path, triangle_glb):
     folder = tmp_path / "raw" / "toys4k_blend_files" / "cat" / "cat_000"
     folder.mkdir(parents=True)
     (record,) = open_catalogue(f"toys4k:{tmp_path}")
-    with pytest.raises(InputError, match=r"1 files are not here\. Download toys4k_blend_files\.zip"):
-        list(open_catalogue(f"toys4k:{tmp_path}").fetch([record]))
+    ((_, reason),) = open_catalogue(f"toys4k:{tmp_path}").fetch([record])
+    assert reason is not None and "Download toys4k_blend_files.zip" in reason
     (folder / "cat_000.blend").write_bytes(b"BLENDER")
     (record,) = open_catalogue(f"toys4k:{tmp_path}")
     with pytest.raises(InputError, match="type 'blend' are not read"):
         load_asset(record)
+    with pytest.raises(MissingDependencyError, match="no program 'no-blender'"):
+        list(open_catalogue(f"toys4k:{tmp_path}").fetch([record], FetchOptions(blender="no-blender")))
     (folder / "cat_000.glb").write_bytes(triangle_glb)
     (record,) = open_catalogue(f"toys4k:{tmp_path}")
     assert load_asset(record).num_faces == 1
+
+
+@pytest.mark.slow
+def test_toys4k_is_converted_by_blender(tmp_path):
+    """With an interpreter that has bpy in DIFF2TO3_TEST_BLENDER: two cubes, one of them hidden, one red."""
+    program = os.environ.get("DIFF2TO3_TEST_BLENDER")
+    if not program:
+        pytest.skip("DIFF2TO3_TEST_BLENDER names no interpreter with bpy")
+    table(tmp_path, [{"sha256": "1" * 64, "file_identifier": "a/a_0/a_0.blend"}])
+    folder = tmp_path / "raw" / "toys4k_blend_files" / "a" / "a_0"
+    folder.mkdir(parents=True)
+    make = f"""
+import bpy
+bpy.ops.wm.read_factory_settings(use_empty=True)
+bpy.ops.mesh.primitive_cube_add(size=2)
+material = bpy.data.materials.new("red")
+material.use_nodes = True
+material.node_tree.nodes["Principled BSDF"].inputs["Base Color"].default_value = (1, 0, 0, 1)
+bpy.context.object.data.materials.append(material)
+bpy.context.object.scale = (1, 1, 3)
+bpy.ops.mesh.primitive_cube_add(size=9)
+bpy.context.object.hide_render = True
+bpy.ops.wm.save_as_mainfile(filepath={str(folder / "a_0.blend")!r})
+"""
+    subprocess.run([program, "-c", make], check=True, capture_output=True)
+    catalogue = open_catalogue(f"toys4k:{tmp_path}")
+    assert dict(catalogue.fetch(list(catalogue), FetchOptions(blender=program))) == {"1" * 64: None}
+    mesh = load_asset(next(iter(open_catalogue(f"toys4k:{tmp_path}"))))
+    assert mesh.num_faces == 12 and mesh.materials[0].base_color_factor == (1, 0, 0, 1)
+    assert np.ptp(mesh.vertices, axis=0) == pytest.approx([1 / 3, 1 / 3, 1], abs=1e-6)  # Blender's z is ours
 
 
 def test_objaverse_xl_layouts(tmp_path, triangle_glb):
@@ -254,7 +289,7 @@ def test_objaverse_reads_and_fetches_through_its_package(tmp_path, triangle_glb,
     catalogue = open_catalogue(f"objaverse:{tmp_path}")
     assert catalogue["a"].license == "CC-BY-NC-4.0" and catalogue["a"].num_faces == 7
     assert catalogue["b"].license is None and catalogue["b"].source is None
-    outcome = dict(catalogue.fetch(list(catalogue), 2))
+    outcome = dict(catalogue.fetch(list(catalogue), FetchOptions(2)))
     assert outcome == {"a": None, "b": None, "c": "not in Objaverse any more"}
     assert load_asset(open_catalogue(f"objaverse:{tmp_path}")["b"]).num_faces == 1
     assert package.BASE_PATH == "elsewhere"  # put back
