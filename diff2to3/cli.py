@@ -1,4 +1,6 @@
-"""The ``diff2to3`` command. Each subcommand lives in ``diff2to3/commands/`` and is imported only when called."""
+"""The ``diff2to3`` command. Each subcommand lives in ``diff2to3/commands/`` and is imported only when
+called.
+"""
 
 import argparse
 import importlib
@@ -11,15 +13,21 @@ from diff2to3.errors import InputError, MissingDependencyError
 
 #: name -> one line of help. The module is diff2to3.commands.<name>.
 COMMANDS = {
+    "convert": "write a model bundle from TRELLIS's published files",
     "data": "make a training set from 3D files, and look at it",
     "doctor": "show what is built and found on this machine, and how to add what is missing",
+    "generate": "make 3D Gaussian assets from photos or texts",
+    "render": "render a 3D Gaussian file from around it: a sheet, a GIF or a film",
+    "models": "list the public models, their sizes and licences; check a bundle",
 }
 
 EXIT_BAD_INPUT = 2
 
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser, with the arguments of the one subcommand that ``argv`` names (the others stay unimported)."""
+    """The parser, with the arguments of the one subcommand that ``argv`` names (the others stay
+    unimported).
+    """
     parser = argparse.ArgumentParser(prog="diff2to3", description="One photo in, a 3DGS asset out.")
     parser.add_argument("--version", action="version", version=f"diff2to3 {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
