@@ -84,10 +84,16 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], origin: str
     """Copy ``tensors`` into ``network``: every name and shape must fit; dtypes become the network's.
 
     A network built on the meta device is filled without first being initialised.
-
-    Raises:
-        InputError: names the first missing, unexpected or misshapen tensor, and counts the others.
+    InputError as :func:`check_fit`.
     """
+    check_fit(network, tensors, origin)
+    state = network.state_dict()
+    cast = {name: tensors[name].to(state[name].dtype) for name in state}
+    network.load_state_dict(cast, assign=any(value.is_meta for value in state.values()))
+
+
+def check_fit(network: nn.Module, tensors: Mapping[str, Tensor], origin: str | Path) -> None:
+    """InputError that names the first missing, unexpected or misshapen tensor, and counts the others."""
     state = network.state_dict()
     problems = [f"no tensor {name!r}" for name in state if name not in tensors]
     problems += [f"unexpected tensor {name!r}" for name in tensors if name not in state]
@@ -99,8 +105,6 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], origin: str
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise InputError(f"{origin}: does not fit the network: {problems[0]}{more}")
-    cast = {name: tensors[name].to(state[name].dtype) for name in state}
-    network.load_state_dict(cast, assign=any(value.is_meta for value in state.values()))
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:

@@ -6,6 +6,7 @@ caller.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,12 @@ def import_transformers() -> Any:
     return transformers
 
 
-def load(build: Any, source: str) -> Any:
-    """Run ``build``; whatever the library raises becomes one line that names the weights."""
+def load(build: Callable[[], Any], source: str) -> Any:
+    """Run ``build``, quietly; whatever the library raises becomes one line that names the weights."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         return build()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -119,3 +124,6 @@ def load(build: Any, source: str) -> Any:
         raise InputError(
             f"{source}: cannot load this encoder ({first}); give its folder (config.json, model.safetensors)"
         ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()

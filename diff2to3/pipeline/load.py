@@ -1,0 +1,319 @@
+"""Loading a whole model: our bundles, and TRELLIS's folders and repositories as they are published.
+
+TRELLIS                            ours
+pipeline.json                      model.json
+ckpts/NAME.json + .safetensors     NAME.safetensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diff2to3.checkpoint import MODEL_FILE, BundleInfo, load_strictly, read_bundle, read_json, read_tensors
+from diff2to3.config import config_from_dict
+from diff2to3.errors import InputError
+from diff2to3.flow.conditioners import load_image_conditioner, load_text_conditioner
+from diff2to3.flow.config import DiTConfig, LatentDiTConfig
+from diff2to3.flow.dit import LatentDiT, StructureDiT
+from diff2to3.pipeline.image_to_3d import ImageTo3D, Networks, StageSettings
+from diff2to3.pipeline.sources import Source
+from diff2to3.pipeline.upstream import NOT_SUPPORTED, build_network, wants_half
+from diff2to3.vae.config import DecoderConfig, EncoderConfig, StructureConfig
+from diff2to3.vae.decoder import Decoder
+from diff2to3.vae.encoder import Encoder
+from diff2to3.vae.sparse_structure import StructureDecoder, StructureEncoder
+
+PIPELINE_FILE = "pipeline.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+#: Our names of the networks that generation needs → TRELLIS's keys in pipeline.json.
+UPSTREAM_KEYS = {
+    "structure_flow": "sparse_structure_flow_model",
+    "structure_decoder": "sparse_structure_decoder",
+    "latent_flow": "slat_flow_model",
+    "decoder": "slat_decoder_gs",
+}
+#: TRELLIS's keys that are left out → the class that says why.
+LEFT_OUT = {"slat_decoder_mesh": "SLatMeshDecoder", "slat_decoder_rf": "SLatRadianceFieldDecoder"}
+PIPELINES = {"TrellisImageTo3DPipeline": "image", "TrellisTextTo3DPipeline": "text"}
+SAMPLERS = ("FlowEulerGuidanceIntervalSampler", "FlowEulerCfgSampler", "FlowEulerSampler")
+
+#: Types in model.json → schema and module.
+NETWORK_TYPES: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
+    "Encoder": (EncoderConfig, Encoder),
+    "Decoder": (DecoderConfig, Decoder),
+    "StructureEncoder": (StructureConfig, StructureEncoder),
+    "StructureDecoder": (StructureConfig, StructureDecoder),
+    "StructureDiT": (DiTConfig, StructureDiT),
+    "LatentDiT": (LatentDiTConfig, LatentDiT),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how a model runs."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+    offline: bool
+    image_encoder: str | None
+    low_memory: bool
+
+
+def load_model(
+    source: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    offline: bool = False,
+    image_encoder: str | None = None,
+    low_memory: bool = False,
+) -> ImageTo3D:
+    """Load a model for generation.
+
+    Args:
+        source: a folder with ``model.json`` (ours) or ``pipeline.json`` (TRELLIS's), or a hub repository.
+        dtype: of the networks' torsos; None: float16 on a GPU where it was released so, else float32.
+        offline: never open a connection.
+        image_encoder: a local folder or hub repository of the condition encoder (DINOv2 or CLIP), in place
+        of the
+            published one. Without it, a folder of the encoder's name within ``source`` is preferred.
+        low_memory: keep networks on the CPU and move each to the device for its stage.
+
+    Raises:
+        InputError: something is missing or does not fit; the message names the file.
+        MissingDependencyError: transformers (or huggingface_hub) is needed and not installed.
+    """
+    options = Options(torch.device(device), dtype, offline, image_encoder, low_memory)
+    place = Source(source, offline)
+    if place.has(MODEL_FILE):
+        return load_bundle(place, options)
+    return load_trellis(place, options)
+
+
+# ---- our bundles ----
+
+
+def load_bundle(place: Source, options: Options) -> ImageTo3D:
+    """From ``model.json``."""
+    folder = place.file(MODEL_FILE).parent
+    info = read_bundle(folder)
+    kind = {"image-to-3d": "image", "text-to-3d": "text"}.get(info.kind)
+    if kind is None:
+        raise InputError(f"{folder / MODEL_FILE}: kind {info.kind!r} is not one that generates")
+    loaded = {}
+    for name in UPSTREAM_KEYS:
+        if name not in info.networks:
+            raise InputError(f"{folder / MODEL_FILE}: no network {name!r}")
+        loaded[name] = load_bundle_network(folder, info, name, options)
+    try:
+        settings = info.settings
+        stages = [stage_from_dict(settings["samplers"][name]) for name in ("structure", "latent")]
+        normalization, encoder = settings["normalization"], settings["conditioner"]["name"]
+        mean, std = normalization["mean"], normalization["std"]
+        image_size = int(settings["conditioner"].get("image_size", 518))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / MODEL_FILE}: settings are damaged: {error}") from error
+    conditioner = load_conditioner(kind, encoder, place, options)
+    return assemble(loaded, conditioner, kind, mean, std, stages, options, image_size=image_size)
+
+
+def load_bundle_network(folder: Path, info: BundleInfo, name: str, options: Options) -> nn.Module:
+    entry = info.networks[name]
+    if entry.type not in NETWORK_TYPES:
+        raise InputError(f"{folder / MODEL_FILE}: {name}: unknown type {entry.type!r}")
+    schema, module = NETWORK_TYPES[entry.type]
+    config: Any = config_from_dict(schema, entry.config, f"{folder / MODEL_FILE}: {name}")
+    return fill(lambda: module(config), folder / entry.file, entry.half, options)
+
+
+def stage_from_dict(values: Mapping[str, Any]) -> StageSettings:
+    low, high = values["guidance_interval"]
+    return StageSettings(
+        int(values["num_steps"]),
+        float(values["guidance_scale"]),
+        (float(low), float(high)),
+        float(values["shift"]),
+    )
+
+
+# ---- TRELLIS ----
+
+
+def load_trellis(place: Source, options: Options) -> ImageTo3D:
+    """From ``pipeline.json``."""
+    path = place.file(PIPELINE_FILE)
+    pipeline = read_pipeline(path)
+    loaded = {}
+    for name, key in UPSTREAM_KEYS.items():
+        stem = pipeline.models.get(key)
+        if stem is None:
+            raise InputError(f"{path}: no model {key!r}")
+        loaded[name] = load_trellis_network(place, stem, options)
+    notes = [
+        f"{key} is skipped: {NOT_SUPPORTED[LEFT_OUT[key]]}" for key in pipeline.models if key in LEFT_OUT
+    ]
+    conditioner = load_conditioner(pipeline.kind, pipeline.conditioner, place, options)
+    stages = [pipeline.structure, pipeline.latent]
+    mean, std = pipeline.mean, pipeline.std
+    return assemble(loaded, conditioner, pipeline.kind, mean, std, stages, options, notes=notes)
+
+
+@dataclass(frozen=True)
+class TrellisPipeline:
+    """The content of ``pipeline.json``."""
+
+    kind: str
+    models: dict[str, str]
+    structure: StageSettings
+    latent: StageSettings
+    mean: list[float]
+    std: list[float]
+    conditioner: str
+
+
+def read_pipeline(path: Path) -> TrellisPipeline:
+    """``pipeline.json``, checked; InputError says what is missing or unknown."""
+    values = read_json(path)
+    try:
+        name, args = values.get("name", "TrellisImageTo3DPipeline"), values["args"]
+        if name not in PIPELINES:
+            raise InputError(f"{path}: unknown pipeline {name!r}; known are {', '.join(PIPELINES)}")
+        kind = PIPELINES[name]
+        normalization = args["slat_normalization"]
+        return TrellisPipeline(
+            kind,
+            {str(key): str(stem) for key, stem in args["models"].items()},
+            stage_from_sampler(args["sparse_structure_sampler"]),
+            stage_from_sampler(args["slat_sampler"]),
+            [float(x) for x in normalization["mean"]],
+            [float(x) for x in normalization["std"]],
+            str(args[f"{kind}_cond_model"]),
+        )
+    except KeyError as error:
+        raise InputError(f"{path}: no value for {error.args[0]!r}") from error
+    except (TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def stage_from_sampler(sampler: Mapping[str, Any]) -> StageSettings:
+    """TRELLIS's sampler and its parameters; ``cfg_strength`` is our guidance scale − 1."""
+    name, params = sampler["name"], dict(sampler["params"])
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r}; known are {', '.join(SAMPLERS)}")
+    steps, shift = int(params.pop("steps", 50)), float(params.pop("rescale_t", 1.0))
+    scale = 1.0 if name == "FlowEulerSampler" else float(params.pop("cfg_strength", 3.0)) + 1
+    interval = (0.0, 1.0)
+    if name == "FlowEulerGuidanceIntervalSampler":
+        low, high = params.pop("cfg_interval", interval)
+        interval = (float(low), float(high))
+    if params:
+        raise ValueError(f"unknown parameter {sorted(params)[0]!r} of {name}")
+    return StageSettings(steps, scale, interval, shift)
+
+
+def trellis_files(place: Source, stem: str) -> tuple[Path, Path]:
+    """The JSON and safetensors of a network. ``stem`` is relative, or names another repository first."""
+    names = (f"{stem}.json", f"{stem}.safetensors")
+    parts = stem.split("/")
+    if all(place.has(name) for name in names) or parts[0] == "ckpts" or len(parts) < 3:
+        return place.file(names[0]), place.file(names[1])
+    other = Source("/".join(parts[:2]), place.offline)
+    inner = "/".join(parts[2:])
+    try:
+        return other.file(f"{inner}.json"), other.file(f"{inner}.safetensors")
+    except InputError as error:
+        if place.folder is None:
+            raise
+        raise InputError(f"{error}; or put it at {place.folder / stem}.json and .safetensors") from error
+
+
+def load_trellis_network(place: Source, stem: str, options: Options) -> nn.Module:
+    config_path, weights_path = trellis_files(place, stem)
+    name, args = read_network_config(config_path)
+    try:
+        return fill(lambda: build_network(name, args), weights_path, wants_half(args), options)
+    except InputError as error:
+        raise InputError(f"{config_path}: {error}") from error
+
+
+def read_network_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """The class name and arguments in a network's JSON."""
+    values = read_json(path)
+    name, args = values.get("name"), values.get("args")
+    if not isinstance(name, str) or not isinstance(args, dict):
+        raise InputError(f'{path}: expected "name" and "args"')
+    return name, args
+
+
+# ---- both ----
+
+
+def fill(build: Callable[[], nn.Module], path: Path, half: bool, options: Options) -> nn.Module:
+    """Build without initialising, choose the torso's dtype, and load the weights."""
+    with torch.device("meta"):
+        network = build()
+    gpu = options.device.type != "cpu"
+    dtype = options.dtype or (torch.float16 if half and gpu else torch.float32)
+    network.cast_torso(dtype)  # type: ignore[operator]
+    load_strictly(network, read_tensors(path), path)
+    return network
+
+
+def load_conditioner(kind: str, name: str, place: Source, options: Options) -> nn.Module:
+    """The encoder that was asked for, else one that lies in the model's folder, else the published one."""
+    local = options.image_encoder
+    if local is None and place.folder is not None and (place.folder / name / "config.json").is_file():
+        local = str(place.folder / name)
+    load = load_image_conditioner if kind == "image" else load_text_conditioner
+    return load(name, local_path=local, offline=options.offline)
+
+
+def assemble(
+    loaded: Mapping[str, Any],
+    conditioner: nn.Module,
+    kind: str,
+    mean: list[float],
+    std: list[float],
+    stages: list[StageSettings],
+    options: Options,
+    *,
+    image_size: int = 518,
+    notes: list[str] | None = None,
+) -> ImageTo3D:
+    """Check that the parts fit each other."""
+    networks = Networks(**loaded)
+    expected = {
+        "structure_flow": StructureDiT,
+        "structure_decoder": StructureDecoder,
+        "latent_flow": LatentDiT,
+        "decoder": Decoder,
+    }
+    for name, cls in expected.items():
+        if not isinstance(loaded[name], cls):
+            raise InputError(f"{name}: expected a {cls.__name__}, got a {type(loaded[name]).__name__}")
+    for flow in (networks.structure_flow, networks.latent_flow):
+        if flow.config.cond_channels != conditioner.channels:
+            raise InputError(
+                f"the condition encoder has {conditioner.channels} channels, but the flow models were trained "
+                f"for {flow.config.cond_channels}"
+            )
+    return ImageTo3D(
+        networks,
+        conditioner,
+        kind,
+        mean,
+        std,
+        stages[0],
+        stages[1],
+        image_size=image_size,
+        device=options.device,
+        low_memory=options.low_memory,
+        notes=notes or (),
+    )

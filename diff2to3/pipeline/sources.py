@@ -1,0 +1,66 @@
+"""Where the files of a published model are: a local folder, or a repository on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from diff2to3.errors import InputError, MissingDependencyError
+
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """``name`` is a folder's path or a repository (owner/name); ``offline`` uses only what is cached here."""
+
+    name: str
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        if self.folder is None and not REPOSITORY.fullmatch(self.name):
+            raise InputError(
+                f"{self.name}: no such folder, and not the name of a hub repository (owner/name)"
+            )
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or None for a repository."""
+        path = Path(self.name).expanduser()
+        return path if path.is_dir() else None
+
+    def has(self, relative: str) -> bool:
+        """Whether a local folder holds the file; a repository is not asked."""
+        return self.folder is not None and (self.folder / relative).is_file()
+
+    def file(self, relative: str) -> Path:
+        """The local path of a file, downloaded into the hub's cache if need be.
+
+        Raises:
+            InputError: the file is missing or cannot be reached; the message says where to put it.
+            MissingDependencyError: a repository is named and huggingface_hub is not installed.
+        """
+        if self.folder is not None:
+            path = self.folder / relative
+            if not path.is_file():
+                raise InputError(f"{path}: no such file; this model needs it, put it there")
+            return path
+        return download(self.name, relative, self.offline)
+
+
+def download(repository: str, relative: str, offline: bool) -> Path:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise MissingDependencyError("huggingface_hub", "flux") from error
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, relative, local_files_only=offline))
+    except Exception as error:  # the library's errors have no common base and change between versions
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        where = "is not in the local cache" if offline else "could not be downloaded"
+        raise InputError(
+            f"{repository}: {relative} {where} ({reason}); download the repository on a machine with a connection "
+            f"(hf download {repository} --local-dir FOLDER) and give --model FOLDER, with FOLDER/{relative} in it"
+        ) from error
