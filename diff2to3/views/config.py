@@ -29,7 +29,7 @@ class LightingConfig:
     dome_intensity: float = 0.75
     dome_ground: float = 0.45
     dome_samples: int = 64
-    dome_resolution: int = 128
+    dome_resolution: int = 64
     key_intensity: float = 0.4
     key_direction: tuple[float, float, float] = (0.5, -0.6, 0.8)
     key_angle: float = 4.0

@@ -19,6 +19,9 @@ from diff2to3.views.surface import Surface
 #: Share by which grid points are drawn in from the outline of their face, so that a wall that begins there
 #: is seen.
 _INSET = 2e-3
+#: Grid points that see less than this lie inside another part of the asset. They say nothing about the visible part of
+#: their face, and would darken it along the line where the two parts meet.
+_BURIED = 0.01
 #: No face gets more points than this along one side.
 _MAX_STEPS = 512
 #: Points traced at once.
@@ -72,11 +75,18 @@ class DomeCache:
         fx, fy = (x - x0).astype(np.float32), (y - y0).astype(np.float32)
         base, stride = self._offsets[sides, faces], columns + 1
         low, high = base + y0 * stride, base + y1 * stride
-        bottom = self._values[low + x0]
-        bottom += fx * (self._values[low + x1] - bottom)
-        top = self._values[high + x0]
-        top += fx * (self._values[high + x1] - top)
-        return bottom + fy * (top - bottom)
+        total, weight = np.zeros(len(faces), np.float32), np.zeros(len(faces), np.float32)
+        for index, share in (
+            (low + x0, (1 - fx) * (1 - fy)),
+            (low + x1, fx * (1 - fy)),
+            (high + x0, (1 - fx) * fy),
+            (high + x1, fx * fy),
+        ):
+            value = self._values[index]
+            share = share * (value > _BURIED)
+            total += share * value
+            weight += share
+        return total / np.maximum(weight, np.float32(1e-6))
 
     def _fill(self, faces: np.ndarray, sides: np.ndarray) -> None:
         """Trace the grids of those (side, face) pairs that have none yet."""
