@@ -84,11 +84,11 @@ class Scratch {
 //
 // An empty grid or block launches nothing. (Errors inside a running kernel surface at the next synchronisation.)
 #if defined(D23_EMULATE)
-#define D23_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                     \
-  do {                                                                                                 \
-    const dim3 d23_grid(grid), d23_block(block);                                                       \
-    if (!d23::is_empty(d23_grid, d23_block))                                                           \
-      D23_CUDA_TRY(d23_emulator::launch(#kernel, kernel, d23_grid, d23_block, shared_bytes, stream, __VA_ARGS__)); \
+#define D23_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                   \
+  do {                                                                                                               \
+    const dim3 d23_grid(grid), d23_block(block);                                                                     \
+    if (!d23::is_empty(d23_grid, d23_block))                                                                         \
+      D23_CUDA_TRY(d23_emulator::launch(#kernel, kernel, d23_grid, d23_block, shared_bytes, stream)(__VA_ARGS__));   \
   } while (0)
 #define D23_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(d23_emulator::dynamic_shared())
 #else
