@@ -49,6 +49,15 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Run a test with one thread: for many small operations, waiting for others costs more than they help."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def two_threads() -> Iterator[None]:
     """Run a test with two threads, whatever the machine has."""
     before = torch.get_num_threads()

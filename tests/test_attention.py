@@ -17,6 +17,8 @@ from diff2to3.nn.sequences import SequencePlan
 from diff2to3.nn.streams import JointPlan, pack_streams, unpack_streams
 from diff2to3.nn.windows import WindowPlan
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def brute_force(q, k, v, groups_q, groups_k, scale=None, factors=None, biases=None):
     """One sequence (a list of query rows, a list of key rows) and one head at a time."""

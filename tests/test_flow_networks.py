@@ -13,6 +13,8 @@ from diff2to3.nn.attention import AttentionHooks
 from diff2to3.nn.embeddings import TimestepEmbedder, absolute_position_embedding
 from diff2to3.types import SparseVoxels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {
     "in_channels": 3,
     "out_channels": 3,

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from diff2to3.flow.samplers import alternating, averaged, euler, guided, timesteps
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def trellis_euler(model, noise, cond, neg_cond, steps, rescale_t, cfg_strength, cfg_interval):
     """The released sampler's arithmetic, in its own terms, in float64."""

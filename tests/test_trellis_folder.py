@@ -24,6 +24,8 @@ from diff2to3.pipeline.photos import prepare_photo
 from diff2to3.pipeline.upstream import build_network
 from diff2to3.types import SparseVoxels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COND = 24  # width of the condition encoders
 VAE = {"resolution": 16, "model_channels": 32, "latent_channels": 8, "num_blocks": 2, "num_heads": 2, "mlp_ratio": 4,
        "attn_mode": "swin", "window_size": 8, "use_fp16": True}  # fmt: skip

@@ -16,6 +16,8 @@ from diff2to3.vae.gaussian_head import offset_perturbation, split_raw, to_gaussi
 from diff2to3.vae.posterior import Posterior
 from diff2to3.vae.sparse_structure import StructureDecoder, StructureEncoder, active_voxels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {"resolution": 8, "width": 24, "num_blocks": 3, "num_heads": 2, "window": 4}
 
 
