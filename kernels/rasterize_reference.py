@@ -228,4 +228,7 @@ def rasterize_reference(
         picture, alpha = rasterize_view(splats, colors, None if backgrounds is None else backgrounds[v], s)
         pictures.append(picture)
         alphas.append(alpha)
+    if not pictures:
+        channels = (3 if s.sh_degree is not None else features.shape[-1]) + int(s.with_depth)
+        return means.new_zeros(0, s.height, s.width, channels), means.new_zeros(0, s.height, s.width)
     return torch.stack(pictures), torch.stack(alphas)
