@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 #: Folders and modules that put stages together; everything else that is not below is a stage.
-COMPOSING = {"__init__", "pipeline", "commands", "cli", "doctor", "config", "data", "training"}
+COMPOSING = {"__init__", "pipeline", "commands", "cli", "doctor", "config", "data", "training", "evaluation"}
 #: What each layer may import of the package, besides itself.
 LAYERS: dict[str, set[str]] = {
     "types": set(),
@@ -29,7 +29,12 @@ ADAPTERS = {"diff2to3.kernels.rasterize_gsplat": {"gsplat"}}
 #: Import names of the required dependencies in pyproject.toml.
 REQUIRED = {"torch", "numpy", "einops", "omegaconf", "PIL", "safetensors", "tqdm", "yaml"}
 #: The only modules that may use diffusers and transformers (inside functions).
-PROVIDERS = ("diff2to3.voxels.providers", "diff2to3.voxels.hub", "diff2to3.flow.conditioners")
+PROVIDERS = (
+    "diff2to3.voxels.providers",
+    "diff2to3.voxels.hub",
+    "diff2to3.flow.conditioners",
+    "diff2to3.metrics.features",
+)
 
 #: Calls that no module makes: they ignore the caller's device, unpickle, run strings or touch the global RNG.
 FORBIDDEN_CALLS = {
