@@ -132,19 +132,19 @@ def run_inspect(args: argparse.Namespace) -> int:
     print(f"{args.dataset}: {len(store.plan)} assets planned, {len(store.assets())} complete")
     for stage in store.stages:
         done, failed = len(store.assets(stages=[stage])), len(store.failures[stage])
-        print(f"  {stage:10} {done} done, {failed} failed")
+        print(f"  {stage:20} {done} done, {failed} failed")
     print(f"{args.output}: {len(chosen)} assets, {sheet.width} x {sheet.height} pixels")
     return 0
 
 
 def summary(reports: list[StageReport]) -> str:
     """A table of stages, and the failures with their reasons."""
-    lines = ["stage       assets    made  failed   s/asset  cpu s/asset    wall s      size"]
+    lines = ["stage                 assets    made  failed   s/asset  cpu s/asset    wall s      size"]
     for r in reports:
         made = max(r.num_made, 1)
         work, cpu = r.seconds.get("total", 0.0) / made, r.seconds.get("cpu", 0.0) / made
         lines.append(
-            f"{r.name:10}{r.num_assets:8}{r.num_made:8}{len(r.failed):8}{work:10.3f}{cpu:13.3f}"
+            f"{r.name:20}{r.num_assets:8}{r.num_made:8}{len(r.failed):8}{work:10.3f}{cpu:13.3f}"
             f"{r.wall_seconds:10.1f}{_size(r.num_bytes):>10}"
         )
         steps = [f"{name} {s / made:.3f}" for name, s in r.seconds.items() if name not in ("total", "cpu")]

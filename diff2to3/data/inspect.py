@@ -105,30 +105,36 @@ def _panels(
     """(title, picture) of each panel of one asset."""
     panels: list[tuple[str, Tensor]] = []
     camera = None
-    if "render" in store.stages:
-        stored = store.open(asset, "render")
-        for name in stored.view_sets():
-            count = stored.num_views(name)
-            chosen = np.linspace(0, count, min(views_per_set, count), endpoint=False).astype(int).tolist()
-            views = _fit(stored.views(name, chosen), cell)
-            panels += [(f"{name} {i}", v) for i, v in zip(chosen, views.composite(_BACKGROUND), strict=True)]
-            camera = camera or (views.viewmats[0], views.Ks[0])
-    if "voxels" not in store.stages or camera is None:
+    for name in _items(store, "views"):
+        count = int(store.info(asset, f"views_{name}")["num_views"])
+        chosen = np.linspace(0, count, min(views_per_set, count), endpoint=False).astype(int).tolist()
+        views = _fit(store.views(asset, name, chosen), cell)
+        shown = zip(chosen, views.composite(_BACKGROUND), strict=True)
+        panels += [(f"{name} {i}", picture) for i, picture in shown]
+        camera = camera or (views.viewmats[0], views.Ks[0])
+    if camera is None:
         return panels
-    resolution = _resolution(store, asset)
-    coords = store.open(asset, "voxels").coords(resolution)
-    checker = 0.35 + 0.4 * (coords.sum(1) % 2).float()[:, None].expand(-1, 3)
-    height = (coords[:, 2:].float() + 0.5) / resolution
-    drawn = draw_voxels(coords, checker * (0.6 + 0.4 * height), resolution, *camera, cell)
-    panels.append((f"voxels {resolution}", drawn))
+    for item in _items(store, "voxels"):
+        resolution = int(item)
+        coords = store.coords(asset, resolution)
+        checker = 0.35 + 0.4 * (coords.sum(1) % 2).float()[:, None].expand(-1, 3)
+        height = (coords[:, 2:].float() + 0.5) / resolution
+        drawn = draw_voxels(coords, checker * (0.6 + 0.4 * height), resolution, *camera, cell)
+        panels.append((f"voxels {resolution}", drawn))
     for name, (mean, basis) in principal.items():
         voxels = store.features(asset, [name])
-        colors = (
-            voxels.feats if voxels.feats.shape[1] == 3 else 0.5 + 0.5 * (voxels.feats.double() - mean) @ basis
-        )
+        colors = voxels.feats
+        if colors.shape[1] != 3:
+            colors = 0.5 + 0.5 * (colors.double() - mean) @ basis
         drawn = draw_voxels(voxels.coords[:, 1:], colors.clamp(0, 1), voxels.resolution, *camera, cell)
         panels.append((name, drawn))
     return panels
+
+
+def _items(store: AssetStore, kind: str) -> list[str]:
+    """The items of ``kind`` that are open: grids by size, others by name."""
+    items = [stage.partition("_")[2] for stage in store.stages if stage.startswith(f"{kind}_")]
+    return sorted(items, key=lambda item: (int(item) if item.isdigit() else 0, item))
 
 
 def _fit(views: Views, cell: int) -> Views:
@@ -145,28 +151,23 @@ def _fit(views: Views, cell: int) -> Views:
 
 
 def _common_components(store: AssetStore, assets: Sequence[PlannedAsset]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per feature set, components over all the sheet's assets: one colour means one feature throughout."""
-    if "features" not in store.stages or not assets:
-        return {}
-    names = list(store.info(assets[0], "features")["resolution"])
+    """Per feature set and mode, components over all the sheet's assets: one colour means one feature
+    throughout."""
+    names = [
+        f"{item}.{mode}"
+        for item in _items(store, "features")
+        for mode in store.info(assets[0], f"features_{item}")["modes"]
+    ]
     return {
         name: principal_components(torch.cat([store.features(asset, [name]).feats for asset in assets]))
         for name in names
     }
 
 
-def _resolution(store: AssetStore, asset: PlannedAsset) -> int:
-    """The grid that the features live on, or the finest."""
-    if "features" in store.stages:
-        return int(next(iter(store.info(asset, "features")["resolution"].values())))
-    return max(int(r) for r in store.info(asset, "voxels")["num_voxels"])
-
-
 def _label(store: AssetStore, asset: PlannedAsset) -> str:
     parts = [asset.id, asset.split]
-    if "render" in store.stages:
-        parts.append(f"{store.info(asset, 'render').get('faces', '?')} faces")
-    if "voxels" in store.stages:
-        counts = store.info(asset, "voxels")["num_voxels"]
-        parts.append(", ".join(f"{n} voxels at {r}" for r, n in counts.items()))
+    for name in _items(store, "views")[:1]:
+        parts.append(f"{store.info(asset, f'views_{name}')['faces']} faces")
+    for item in _items(store, "voxels"):
+        parts.append(f"{store.info(asset, f'voxels_{item}')['num_voxels']} voxels at {item}")
     return "   ".join(part for part in parts if part)

@@ -10,6 +10,7 @@ with the assets that have not been seen in this epoch, and never with others.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ class LoaderConfig:
     """What a batch holds and how large it is.
 
     split                 of the assets; null for all
-    features              sets to lay side by side as ``Batch.voxels``, of one resolution
+    features              sets ("taef2", or "taef2.mean" for a mode) to lay side by side as ``Batch.voxels``
     views                 view set -> random views an asset
     view_size             pixels a side that views are shrunk to (a divisor of theirs); null as stored
     depths                read depth with the views, where it is stored (not together with view_size)
@@ -180,8 +181,9 @@ class TrainLoader:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: expected 0 <= rank < world_size, got {rank} of {world_size}")
         self.config, self.seed, self.rank = config, seed, rank
-        self.store = AssetStore(root, _stages(config))
-        assets, sizes, self.num_left_out = _choose(self.store, config)
+        stages, grid = _stages(Path(root), config)
+        self.store = AssetStore(root, stages)
+        assets, sizes, self.num_left_out = _choose(self.store, config, grid)
         self.assets = assets
         self.packer = StepPacker(
             sizes, config.max_voxels_per_batch, world_size, seed, config.max_assets_per_batch
@@ -251,8 +253,7 @@ class _BatchReader(Dataset[Batch]):
         if config.features:
             voxels = SparseVoxels.cat([self.store.features(asset, config.features) for asset in assets])
         grids = {
-            r: torch.stack([occupancy(self.store.open(a, "voxels").coords(r), r) for a in assets])
-            for r in config.occupancy
+            r: torch.stack([occupancy(self.store.coords(a, r), r) for a in assets]) for r in config.occupancy
         }
         tensors = {name: [self._tensors(asset, name) for asset in assets] for name in config.tensors}
         views = {name: self._views(plan, name, count) for name, count in config.views.items()}
@@ -264,14 +265,14 @@ class _BatchReader(Dataset[Batch]):
         """``count`` random views an asset, without repetition, drawn from (seed, epoch, asset, set) alone."""
         picked = []
         for epoch, index in plan.items:
-            stored = self.store.open(self.assets[index], "render")
-            total = stored.num_views(name)
+            stored = self.store.open(self.assets[index], f"views_{name}")
+            total = int(stored.info["num_views"])
             if count > total:
                 raise InputError(f"views.{name}: {count} were asked for, {total} are stored")
             salt = [ord(c) for c in name]
             generator = np.random.default_rng([self.seed, epoch, index, *salt])
             chosen = generator.choice(total, count, replace=False).tolist()
-            views = stored.views(name, chosen, self.config.depths)
+            views = stored.views(chosen, self.config.depths)
             picked.append(shrink(views, self.config.view_size or views.width))
         return Views(
             torch.cat([v.images for v in picked]),
@@ -286,37 +287,40 @@ class _BatchReader(Dataset[Batch]):
         return self.store.open(asset, stage).tensors(member)
 
 
-def _stages(config: LoaderConfig) -> list[str]:
-    stages = ["voxels"]
-    stages += ["features"] if config.features else []
-    stages += ["render"] if config.views else []
-    return list(dict.fromkeys([*stages, *(name.partition("/")[0] for name in config.tensors)]))
+def _stages(root: Path, config: LoaderConfig) -> tuple[list[str], str]:
+    """The stages that a loader reads, and the grid that batches are balanced by: the features', else the
+    finest of those it reads, else the finest there is."""
+    prepared = sorted(path.parent.name for path in root.glob("*/settings.json"))
+    stages = [f"features_{name.partition('.')[0]}" for name in config.features]
+    stages += [f"voxels_{resolution}" for resolution in config.occupancy]
+    stages += [f"views_{name}" for name in config.views]
+    stages += [name.partition("/")[0] for name in config.tensors]
+    for name in stages:
+        if name not in prepared:
+            raise InputError(f"{root}: no stage {name}; prepared are {', '.join(prepared) or 'none'}")
+    if config.features:
+        settings = json.loads((root / stages[0] / "settings.json").read_bytes())
+        grid = f"voxels_{settings['resolution']}"
+    else:
+        stored = [int(name.removeprefix("voxels_")) for name in prepared if name.startswith("voxels_")]
+        if not stored:
+            raise InputError(f"{root}: no voxels to balance batches by; prepare the stage voxels")
+        grid = f"voxels_{max(config.occupancy or stored)}"
+    return list(dict.fromkeys([*stages, grid])), grid
 
 
-def _choose(store: AssetStore, config: LoaderConfig) -> tuple[list[PlannedAsset], list[int], int]:
+def _choose(store: AssetStore, config: LoaderConfig, grid: str) -> tuple[list[PlannedAsset], list[int], int]:
     """The assets that are complete and small enough, their voxel counts, and how many were too large."""
     candidates = store.assets(config.split)
     if not candidates:
         splits = sorted({asset.split for asset in store.plan})
         raise InputError(f"{store.root}: no asset of split {config.split!r} is complete; splits are {splits}")
-    resolution = _resolution(store, candidates[0], config)
     largest = config.max_voxels_per_asset or config.max_voxels_per_batch
-    sizes = [int(store.info(asset, "voxels")["num_voxels"][resolution]) for asset in candidates]
+    sizes = [int(store.info(asset, grid)["num_voxels"]) for asset in candidates]
     kept = [(asset, size) for asset, size in zip(candidates, sizes, strict=True) if 0 < size <= largest]
     if not kept:
         raise InputError(f"{store.root}: every asset has more than {largest} voxels")
     return [a for a, _ in kept], [s for _, s in kept], len(candidates) - len(kept)
-
-
-def _resolution(store: AssetStore, asset: PlannedAsset, config: LoaderConfig) -> str:
-    """The grid that batches are balanced by: the features', or the finest there is."""
-    if config.features:
-        known: dict[str, Any] = store.info(asset, "features")["resolution"]
-        missing = [name for name in config.features if name not in known]
-        if missing:
-            raise InputError(f"{store.root}: no features {missing[0]!r}; known are {', '.join(known)}")
-        return str(known[config.features[0]])
-    return str(max(int(r) for r in store.info(asset, "voxels")["num_voxels"]))
 
 
 def _start_method() -> str:

@@ -27,7 +27,7 @@ from diff2to3.data.plan import PlannedAsset, extend_plan, read_plan, shards_of, 
 from diff2to3.data.schema import DataConfig
 from diff2to3.data.shards import Part, ShardIndex, part_path
 from diff2to3.data.source import AssetSource
-from diff2to3.data.stages import STAGES, Clock, Stage, build_stages
+from diff2to3.data.stages import Clock, Stage, make_stage, make_stages
 from diff2to3.data.store import OpenFiles, open_in_shard
 from diff2to3.errors import InputError, MissingDependencyError
 from diff2to3.files import write_atomic
@@ -84,7 +84,7 @@ def prepare(
     if not 0 <= part[0] < part[1]:
         raise InputError(f"shard: expected i/n with 0 <= i < n, got {part[0]}/{part[1]}")
     root = Path(config.out)
-    stages = build_stages(config)
+    stages = make_stages(config)
     plan = extend_plan(read_plan(root), AssetSource(config).list(), config.shard_size)
     if not plan:
         raise InputError(f"{config.source}: no asset passes the filters")
@@ -158,7 +158,7 @@ def _ready_stage(context: Context, slot: int) -> Stage:
     global _ready
     wanted = (context.config, context.stage)
     if _ready is None or _ready[0] != wanted:
-        stage = STAGES[context.stage](context.config)
+        stage = make_stage(context.config, context.stage)
         stage.setup(slot)
         _ready = (wanted, stage)
     return _ready[1]
@@ -384,7 +384,7 @@ def _bar(name: str, total: int, done: int, progress: bool) -> tqdm:
     # Where nobody watches (a log file), a line every half minute is enough.
     interval = 0.2 if sys.stderr.isatty() else 30.0
     return tqdm(
-        desc=f"{name:>8}", total=total, initial=done, unit="asset", disable=not progress,
+        desc=f"{name:>16}", total=total, initial=done, unit="asset", disable=not progress,
         mininterval=interval, maxinterval=2 * interval, smoothing=0.05, dynamic_ncols=True,
     )  # fmt: skip
 

@@ -70,7 +70,8 @@ class FeatureSetConfig:
     stride            of the providers rgb and rgb_stats
     resolution        R; one of the voxel stage's
     views             the view set that is lifted
-    mode              "visible" (by depth) or "mean" (over all views, as the paper)
+    modes             "visible" (by depth) and/or "mean" (over all views, as the paper); readers take the
+    first
     depth_tolerance   in voxels
     background        grey level behind the object
     view_chunk        views encoded at a time
@@ -84,7 +85,7 @@ class FeatureSetConfig:
     stride: int | None = None
     resolution: int = 64
     views: str = "input"
-    mode: str = "visible"
+    modes: list[str] = field(default_factory=lambda: ["visible"])
     depth_tolerance: float = 1.0
     background: float = 0.5
     view_chunk: int = 4
@@ -92,12 +93,14 @@ class FeatureSetConfig:
     def __post_init__(self) -> None:
         for name, value, known in (
             ("provider", self.provider, tuple(PROVIDERS)),
-            ("mode", self.mode, MODES),
+            *(("modes", mode, MODES) for mode in self.modes),
             ("dtype", self.dtype, DTYPES),
             ("device", self.device, DEVICES),
         ):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        if not self.modes or len(set(self.modes)) < len(self.modes):
+            raise ValueError(f"modes: expected one or more different ones, got {self.modes}")
         if self.view_chunk < 1:
             raise ValueError(f"view_chunk: expected a positive number, got {self.view_chunk}")
 
@@ -125,7 +128,7 @@ class DataConfig:
     source       a folder, a zip, or a catalogue (see ``diff2to3 data list --help``)
     out          the dataset's folder; on a file system that all workers see
     seed         of the cameras
-    stages       in order; each reads what earlier ones wrote
+    stages       in order: "views", "voxels", "features" for all of a kind, or one such as "features_rgb"
     shard_size   assets a shard
     view_sets    name -> views
     resolutions  voxel grids
@@ -138,7 +141,7 @@ class DataConfig:
     seed: int = 0
     filter: FilterConfig = field(default_factory=FilterConfig)
     limits: LimitConfig = field(default_factory=LimitConfig)
-    stages: list[str] = field(default_factory=lambda: ["render", "voxels", "features"])
+    stages: list[str] = field(default_factory=lambda: ["views", "voxels", "features"])
     shard_size: int = 64
     render: RenderConfig = field(default_factory=RenderConfig)
     view_sets: dict[str, ViewSetConfig] = field(default_factory=dict)
@@ -162,7 +165,7 @@ class DataConfig:
             views = self.view_sets.get(features.views)
             if views is None:
                 raise ValueError(f"features.{name}.views: no view set {features.views!r}")
-            if features.mode == "visible" and not views.depths:
+            if "visible" in features.modes and not views.depths:
                 raise ValueError(f"view_sets.{features.views}.depths: mode 'visible' needs true")
             if features.resolution not in self.resolutions:
                 raise ValueError(f"features.{name}.resolution: {features.resolution} is not in resolutions")

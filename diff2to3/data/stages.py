@@ -1,17 +1,19 @@
 """The stages of the preparation. A stage turns one asset, and what earlier stages wrote about it, into
 members.
 
-    render    mesh          -> <set>_<i>.webp, <set>_<i>.depth.png, cameras.safetensors
-    voxels    mesh          -> voxels_<R>.safetensors: coords uint8 [N, 3]
-    features  views, voxels -> <name>.safetensors: feats float16 [N, C], num_views int16 [N]
+    views_<set>      mesh          -> 000.webp, 000.depth.png, ..., cameras.safetensors: viewmats, Ks
+    voxels_<R>       mesh          -> coords.safetensors: coords uint8 [N, 3]
+    features_<name>  views, voxels -> <mode>.safetensors: feats float16 [N, C], num_views int16 [N]
 
-A further stage (latents) is a class of the same shape and a line in :data:`STAGES`.
+Every view set, grid and feature set is a stage of its own, so that one can be added to a dataset, or dropped
+by deleting its folder, without touching the others. A further kind (latents) is a class of the same shape and
+a line in :data:`KINDS`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +25,11 @@ from safetensors.torch import save as save_tensors
 from diff2to3.config import config_to_dict
 from diff2to3.data.pictures import encode_depth, encode_image
 from diff2to3.data.plan import PlannedAsset
-from diff2to3.data.schema import DataConfig, FeatureSetConfig
+from diff2to3.data.schema import DataConfig
 from diff2to3.data.shards import Part
 from diff2to3.data.source import AssetSource
 from diff2to3.data.store import StoredAsset
 from diff2to3.errors import InputError
-from diff2to3.voxels.aggregate import VoxelFeatures, lift, weigh_views
 
 
 class Clock:
@@ -45,14 +46,19 @@ class Clock:
 
 
 class Stage(Protocol):
-    """One step of the preparation, in one worker process.
+    """One step of the preparation; made once where the run is steered, and once in each worker.
 
     name      of its folder
-    inputs    earlier stages it reads
+    inputs    names of the earlier stages it reads
     """
 
     name: str
     inputs: tuple[str, ...]
+
+    @staticmethod
+    def items(config: DataConfig) -> list[str]:
+        """What a configuration has of this kind; the stages are called <kind>_<item>."""
+        ...
 
     def settings(self) -> dict[str, Any]:
         """Everything that its bytes depend on, besides the source and its inputs. Cheap; loads no model."""
@@ -67,59 +73,55 @@ class Stage(Protocol):
         ...
 
 
-class RenderStage:
-    """All view sets of a mesh, with cameras drawn for this asset from the dataset's seed."""
+class ViewStage:
+    """One view set, with cameras drawn for each asset from (seed, asset id, name of the set)."""
 
-    name = "render"
     inputs: tuple[str, ...] = ()
 
-    def __init__(self, config: DataConfig) -> None:
-        self.config = config
+    def __init__(self, config: DataConfig, item: str) -> None:
+        self.config, self.item, self.name = config, item, f"views_{item}"
+        self.view_set = config.view_sets[item]
         self.source = AssetSource(config)
+
+    @staticmethod
+    def items(config: DataConfig) -> list[str]:
+        return list(config.view_sets)
 
     def settings(self) -> dict[str, Any]:
         whole = config_to_dict(self.config)
-        chosen = {"version": 1, **{k: whole[k] for k in ("seed", "render", "view_sets")}}
+        render = whole["render"]
+        render.pop("outputs")  # what is stored is decided by the view set
         if self.config.render.renderer != "blender":
-            del chosen["render"]["blender"]
-        chosen["render"].pop("outputs")  # what is stored is decided by the view sets
-        return chosen
+            render.pop("blender")
+        chosen = {"seed": self.config.seed, "render": render, "views": whole["view_sets"][self.item]}
+        return {"version": 1, **chosen}
 
     def setup(self, slot: int) -> None:
-        if not self.config.view_sets:
-            raise InputError("view_sets: the render stage needs at least one")
         len(self.source.catalogue)  # a source that cannot be read is no asset's fault
 
     def process(self, asset: PlannedAsset, inputs: Mapping[str, StoredAsset], clock: Clock) -> Part:
         from diff2to3.views.cameras import generator_for, sample_cameras
-        from diff2to3.views.render import make_renderer
+        from diff2to3.views.render import render_views
 
         with clock("load"):
             mesh = self.source.load(asset.id)
+        size = self.view_set.size
+        generator = generator_for(self.config.seed, asset.id, self.item)
+        viewmats, Ks = sample_cameras(self.view_set.cameras, size, size, generator)
+        config = replace(self.config.render, outputs=("depths",) if self.view_set.depths else ())
+        with clock("render"):
+            views = render_views(mesh, viewmats, Ks, size, size, config)
         members: dict[str, bytes] = {}
-        cameras: dict[str, torch.Tensor] = {}
-        renderers: set[str] = set()
-        depths = any(view_set.depths for view_set in self.config.view_sets.values())
-        with clock("start renderer"):  # one for all sets: what light does to the mesh is worked out once
-            renderer = make_renderer(mesh, replace(self.config.render, outputs=("depths",) if depths else ()))
-        for name, view_set in self.config.view_sets.items():
-            generator = generator_for(self.config.seed, asset.id, name)
-            size = view_set.size
-            viewmats, Ks = sample_cameras(view_set.cameras, size, size, generator)
-            with clock(f"views {name}"):
-                views = renderer.render(viewmats, Ks, size, size)
-            renderers.add(views.renderer)
-            with clock("encode"):
-                for i in range(len(views)):
-                    members[f"{name}_{i:03d}.webp"] = encode_image(views.images[i], views.alphas[i])
-                    if view_set.depths and views.depths is not None:
-                        members[f"{name}_{i:03d}.depth.png"] = encode_depth(views.depths[i], viewmats[i])
-            cameras |= {f"{name}.viewmats": viewmats, f"{name}.Ks": Ks}
-        members["cameras.safetensors"] = save_tensors(cameras)
+        with clock("encode"):
+            for i in range(len(views)):
+                members[f"{i:03d}.webp"] = encode_image(views.images[i], views.alphas[i])
+                if self.view_set.depths and views.depths is not None:
+                    members[f"{i:03d}.depth.png"] = encode_depth(views.depths[i], viewmats[i])
+        members["cameras.safetensors"] = save_tensors({"viewmats": viewmats, "Ks": Ks})
         info = {
-            "view_sets": {name: v.cameras.num_views for name, v in self.config.view_sets.items()},
+            "num_views": len(views),
             "faces": mesh.num_faces,
-            "renderer": ", ".join(sorted(renderers)),
+            "renderer": views.renderer,
             "transform": [float(x) for x in mesh.transform.flatten()],
             "notes": list(mesh.notes),
         }
@@ -127,135 +129,117 @@ class RenderStage:
 
 
 class VoxelStage:
-    """The cells that the surface crosses, at every resolution asked for."""
+    """The cells of one grid that the surface crosses."""
 
-    name = "voxels"
     inputs: tuple[str, ...] = ()
 
-    def __init__(self, config: DataConfig) -> None:
-        self.config = config
+    def __init__(self, config: DataConfig, item: str) -> None:
+        self.resolution, self.name = int(item), f"voxels_{item}"
         self.source = AssetSource(config)
 
+    @staticmethod
+    def items(config: DataConfig) -> list[str]:
+        return [str(resolution) for resolution in config.resolutions]
+
     def settings(self) -> dict[str, Any]:
-        return {"version": 1, "resolutions": list(self.config.resolutions)}
+        return {"version": 1, "resolution": self.resolution}
 
     def setup(self, slot: int) -> None:
-        len(self.source.catalogue)  # a source that cannot be read is no asset's fault
+        len(self.source.catalogue)
 
     def process(self, asset: PlannedAsset, inputs: Mapping[str, StoredAsset], clock: Clock) -> Part:
         from diff2to3.voxels.voxelise import voxelise
 
         with clock("load"):
             triangles = self.source.load(asset.id).triangles
-        members, counts = {}, {}
-        for resolution in self.config.resolutions:
-            with clock(f"voxels {resolution}"):
-                coords = torch.from_numpy(voxelise(triangles, resolution)).to(torch.uint8)
-            counts[str(resolution)] = len(coords)
-            members[f"voxels_{resolution}.safetensors"] = save_tensors({"coords": coords.contiguous()})
-        return Part(members, {"num_voxels": counts})
+        with clock("voxelise"):
+            coords = torch.from_numpy(voxelise(triangles, self.resolution))
+        stored = coords.to(torch.uint8).contiguous()  # R is at most 256
+        return Part({"coords.safetensors": save_tensors({"coords": stored})}, {"num_voxels": len(coords)})
 
 
 class FeatureStage:
-    """Image features lifted onto the voxels, one set after the other."""
+    """One feature set: a view set's image features lifted onto a grid, in each of its modes."""
 
-    name = "features"
-    inputs: tuple[str, ...] = ("render", "voxels")
+    def __init__(self, config: DataConfig, item: str) -> None:
+        self.config, self.item, self.name = config, item, f"features_{item}"
+        self.chosen = config.features[item]
+        self.inputs = (f"views_{self.chosen.views}", f"voxels_{self.chosen.resolution}")
+        self.provider: Any = None
 
-    def __init__(self, config: DataConfig) -> None:
-        self.config = config
-        self.providers: dict[str, Any] = {}
+    @staticmethod
+    def items(config: DataConfig) -> list[str]:
+        return list(config.features)
 
     def settings(self) -> dict[str, Any]:
         from diff2to3.voxels.providers import weights_fingerprint
 
-        sets = config_to_dict(self.config)["features"]
-        for name, chosen in sets.items():
-            for key in ("device", "offline", "view_chunk"):  # where and how, not what
-                del chosen[key]
-            chosen["weights"] = weights_fingerprint(self.config.weights_of(name))
-        return {"version": 1, "features": sets}
+        chosen = config_to_dict(self.chosen)
+        for key in ("device", "offline", "view_chunk"):  # where and how, not what
+            del chosen[key]
+        return {"version": 1, **chosen, "weights": weights_fingerprint(self.config.weights_of(self.item))}
 
     def setup(self, slot: int) -> None:
         from diff2to3.voxels.providers import build_provider
 
-        if not self.config.features:
-            raise InputError("features: the features stage needs at least one set")
-        for name, chosen in self.config.features.items():
-            self.providers[name] = build_provider(
-                chosen.provider,
-                self.config.weights_of(name),
-                device=_device(chosen.device, slot),
-                dtype=getattr(torch, chosen.dtype),
-                offline=chosen.offline,
-                stride=chosen.stride,
-            )
+        self.provider = build_provider(
+            self.chosen.provider,
+            self.config.weights_of(self.item),
+            device=_device(self.chosen.device, slot),
+            dtype=getattr(torch, self.chosen.dtype),
+            offline=self.chosen.offline,
+            stride=self.chosen.stride,
+        )
 
     def process(self, asset: PlannedAsset, inputs: Mapping[str, StoredAsset], clock: Clock) -> Part:
-        lifted: dict[str, VoxelFeatures] = {}
-        for names in self._groups():
-            lifted |= self._lift(names, inputs, clock)
-        members = {}
-        for name in self.config.features:
-            feats, num_views = lifted[name].feats, lifted[name].num_views
-            if not bool(torch.isfinite(feats).all()):
-                raise InputError(f"features {name}: not finite")
-            stored = {"feats": feats.to(torch.float16), "num_views": num_views.to(torch.int16)}
-            members[f"{name}.safetensors"] = save_tensors(stored)
-        resolutions = {name: chosen.resolution for name, chosen in self.config.features.items()}
-        return Part(members, {"resolution": resolutions})
+        from diff2to3.voxels.aggregate import lift, weigh_views
 
-    def _groups(self) -> list[list[str]]:
-        """Names of the sets that need the same images encoded in the same way."""
-        groups: dict[FeatureSetConfig, list[str]] = {}
-        for name, chosen in self.config.features.items():
-            encoding = replace(
-                chosen, resolution=0, mode="mean", depth_tolerance=0.0, weights=self.config.weights_of(name)
-            )
-            groups.setdefault(encoding, []).append(name)
-        return list(groups.values())
-
-    def _lift(
-        self, names: list[str], inputs: Mapping[str, StoredAsset], clock: Clock
-    ) -> dict[str, VoxelFeatures]:
-        sets = [self.config.features[name] for name in names]
-        first = sets[0]
+        chosen = self.chosen
         with clock("read"):
-            depths = any(chosen.mode == "visible" for chosen in sets)
-            views = inputs["render"].views(first.views, depths=depths)
-            coords = [inputs["voxels"].coords(chosen.resolution) for chosen in sets]
-        with clock(f"features {', '.join(names)}"):
+            views = inputs[self.inputs[0]].views(depths="visible" in chosen.modes)
+            coords = inputs[self.inputs[1]].coords()
+        with clock("lift"):
             weightings = [
-                weigh_views(views, c, chosen.resolution, chosen.mode, chosen.depth_tolerance)
-                for c, chosen in zip(coords, sets, strict=True)
+                weigh_views(views, coords, chosen.resolution, mode, chosen.depth_tolerance)
+                for mode in chosen.modes
             ]
-            feats = lift(views, self.providers[names[0]], weightings, first.background, first.view_chunk)
-        return {
-            name: VoxelFeatures(f, w.num_views) for name, f, w in zip(names, feats, weightings, strict=True)
-        }
+            lifted = lift(views, self.provider, weightings, chosen.background, chosen.view_chunk)
+        members = {}
+        for mode, feats, weighting in zip(chosen.modes, lifted, weightings, strict=True):
+            if not bool(torch.isfinite(feats).all()):
+                raise InputError("features are not finite")
+            stored = {"feats": feats.to(torch.float16), "num_views": weighting.num_views.to(torch.int16)}
+            members[f"{mode}.safetensors"] = save_tensors(stored)
+        channels = int(lifted[0].shape[1])
+        return Part(members, {"resolution": chosen.resolution, "channels": channels, "modes": chosen.modes})
 
 
-#: name -> class of (DataConfig)
-STAGES: dict[str, Callable[[DataConfig], Stage]] = {
-    "render": RenderStage,
-    "voxels": VoxelStage,
-    "features": FeatureStage,
-}
+#: kind -> class of (DataConfig, item)
+KINDS: dict[str, Any] = {"views": ViewStage, "voxels": VoxelStage, "features": FeatureStage}
 
 
-def build_stages(config: DataConfig) -> list[Stage]:
-    """The stages of ``config``, in order. Raises InputError for unknown names and inputs that come too
-    late."""
+def make_stage(config: DataConfig, name: str) -> Stage:
+    """The stage called <kind>_<item>. Raises InputError when the configuration has no such thing."""
+    kind, _, item = name.partition("_")
+    if kind not in KINDS or item not in KINDS[kind].items(config):
+        known = [f"{k}_{i}" for k in KINDS for i in KINDS[k].items(config)]
+        raise InputError(f"stages: unknown stage {name!r}; known are {', '.join([*KINDS, *known])}")
+    stage: Stage = KINDS[kind](config, item)
+    return stage
+
+
+def make_stages(config: DataConfig) -> list[Stage]:
+    """The stages of ``config`` in order: all of a kind, or one by its full name. Raises InputError for
+    unknown names and for inputs that come too late."""
     made: list[Stage] = []
-    for name in config.stages:
-        if name not in STAGES:
-            raise InputError(f"stages: unknown stage {name!r}; known are {', '.join(STAGES)}")
-        stage = STAGES[name](config)
-        known = [s.name for s in made]
+    for entry in config.stages:
+        names = [f"{entry}_{item}" for item in KINDS[entry].items(config)] if entry in KINDS else [entry]
+        made += [make_stage(config, name) for name in names]
+    for number, stage in enumerate(made):
+        known = [earlier.name for earlier in made[:number]]
         for needed in stage.inputs:
             if needed not in known and not (Path(config.out) / needed / "settings.json").is_file():
-                raise InputError(f"stages: {name} needs {needed}, before it or prepared earlier")
-        made.append(stage)
+                raise InputError(f"stages: {stage.name} needs {needed}, before it or prepared earlier")
     return made
 
 

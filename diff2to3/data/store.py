@@ -88,19 +88,16 @@ class StoredAsset:
         except SafetensorError as error:
             raise InputError(f"{self.tar}: {member} of {self.entry.id} is damaged: {error}") from error
 
-    def views(self, view_set: str, index: Sequence[int] | None = None, depths: bool = False) -> Views:
-        """The views ``index`` (all by default) of a set, of the render stage; with depth where wanted."""
+    def views(self, index: Sequence[int] | None = None, depths: bool = False) -> Views:
+        """The views ``index`` (all by default) of a views stage; with depth where wanted."""
         cameras = self.tensors("cameras.safetensors")
-        if f"{view_set}.viewmats" not in cameras:
-            raise InputError(f"{self.tar}: no view set {view_set!r}; known are {', '.join(self.view_sets())}")
-        viewmats, Ks = cameras[f"{view_set}.viewmats"], cameras[f"{view_set}.Ks"]
-        index = range(len(Ks)) if index is None else index
-        pictures = [decode_image(self.read(f"{view_set}_{i:03d}.webp")) for i in index]
+        viewmats, Ks = cameras["viewmats"], cameras["Ks"]
+        rows = list(range(len(Ks))) if index is None else list(index)
+        pictures = [decode_image(self.read(f"{i:03d}.webp")) for i in rows]
         stored = None
         if depths:
-            pairs = [(self.read(f"{view_set}_{i:03d}.depth.png"), viewmats[i]) for i in index]
+            pairs = [(self.read(f"{i:03d}.depth.png"), viewmats[i]) for i in rows]
             stored = torch.stack([decode_depth(data, viewmat) for data, viewmat in pairs])
-        rows = torch.as_tensor(list(index), dtype=torch.long)
         return Views(
             torch.stack([image for image, _ in pictures]),
             torch.stack([alpha for _, alpha in pictures]),
@@ -109,17 +106,9 @@ class StoredAsset:
             stored,
         )
 
-    def view_sets(self) -> list[str]:
-        """Names of the view sets, of the render stage, in the order of the configuration."""
-        return list(self.info["view_sets"])
-
-    def num_views(self, view_set: str) -> int:
-        """How many views of a set are stored."""
-        return int(self.info["view_sets"].get(view_set, 0))
-
-    def coords(self, resolution: int) -> Tensor:
-        """Active cells int32 [N, 3] of the R³ grid, of the voxel stage."""
-        return self.tensors(f"voxels_{resolution}.safetensors")["coords"].to(torch.int32)
+    def coords(self) -> Tensor:
+        """Active cells int32 [N, 3], of a voxels stage."""
+        return self.tensors("coords.safetensors")["coords"].to(torch.int32)
 
 
 class AssetStore:
@@ -171,20 +160,35 @@ class AssetStore:
         line = self.files.read(path, offset, length)
         return StoredAsset(path.with_suffix(".tar"), entry_from_line(line), self.files)
 
+    def views(
+        self, asset: PlannedAsset, view_set: str, index: Sequence[int] | None = None, depths: bool = False
+    ) -> Views:
+        """The views ``index`` (all by default) of a set; with depth where wanted and stored."""
+        return self.open(asset, f"views_{view_set}").views(index, depths)
+
+    def coords(self, asset: PlannedAsset, resolution: int) -> Tensor:
+        """Active cells int32 [N, 3] of the R³ grid."""
+        return self.open(asset, f"voxels_{resolution}").coords()
+
     def features(self, asset: PlannedAsset, names: Sequence[str]) -> SparseVoxels:
-        """Feature sets ``names`` (of one resolution) side by side, float32, on the voxels of one asset."""
-        features = self.open(asset, "features")
-        resolutions = {
-            int(features.info["resolution"][name]) for name in names if name in features.info["resolution"]
-        }
-        if len(resolutions) != 1:
-            known = dict(features.info["resolution"])
-            raise InputError(f"{self.root}: features {list(names)}: need one resolution; stored are {known}")
-        (resolution,) = resolutions
-        coords = self.open(asset, "voxels").coords(resolution)
-        parts = [features.tensors(f"{name}.safetensors")["feats"].float() for name in names]
+        """Feature sets of one resolution side by side, float32, on the voxels of one asset.
+
+        A name is that of a set, for its first mode, or ``set.mode``. Raises InputError when there is no such
+        thing.
+        """
+        parts, resolutions = [], []
+        for name in names:
+            set_name, _, mode = name.partition(".")
+            stored = self.open(asset, f"features_{set_name}")
+            mode = mode or stored.info["modes"][0]
+            parts.append(stored.tensors(f"{mode}.safetensors")["feats"].float())
+            resolutions.append(int(stored.info["resolution"]))
+        if len(set(resolutions)) != 1:
+            raise InputError(f"features {list(names)}: expected one resolution, got {resolutions}")
+        coords = self.coords(asset, resolutions[0])
         batch = torch.zeros(len(coords), 1, dtype=torch.int32)
-        return SparseVoxels.from_coords(torch.cat([batch, coords], 1), torch.cat(parts, 1), resolution, 1)
+        packed = torch.cat([batch, coords], 1)
+        return SparseVoxels.from_coords(packed, torch.cat(parts, 1), resolutions[0], 1)
 
     def _scan(self, stage: str) -> None:
         folder = self.root / stage

@@ -31,8 +31,7 @@ SETTINGS = {
     },
     "resolutions": [16, 32],
     "features": {
-        "rgb": {"provider": "rgb", "resolution": 16},
-        "rgb_mean": {"provider": "rgb", "resolution": 16, "mode": "mean"},
+        "rgb": {"provider": "rgb", "resolution": 16, "modes": ["visible", "mean"]},
         "stats": {"provider": "rgb_stats", "stride": 4, "resolution": 16, "dtype": "float32"},
     },
 }

@@ -19,6 +19,8 @@ from diff2to3.data.store import AssetStore
 from diff2to3.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
+#: Of the small dataset.
+STAGES = ["views_input", "views_cond", "voxels_16", "voxels_32", "features_rgb", "features_stats"]
 CONFIGS = sorted((ROOT / "configs/data").glob("*.yaml"))
 
 
@@ -36,7 +38,7 @@ def test_both_presets_are_shipped_with_the_sizes_of_the_design() -> None:
     )
     assert mini.features["taef2"].resolution == 32 and mini.view_sets["cond"].size == 256
     assert [v.cameras.num_views for v in mini.view_sets.values()] == [12, 16, 24]
-    assert large.resolutions == [64] and large.features["flux"].mode == "mean"
+    assert large.resolutions == [64] and large.features["flux"].modes == ["mean"]
     assert {n: (v.size, v.cameras.num_views) for n, v in large.view_sets.items()} == {
         "recon": (512, 150),
         "cond": (512, 24),
@@ -78,11 +80,11 @@ def test_prepare_then_inspect(
     assert main(command) == 0
     out, err = capsys.readouterr()
     assert [line.split()[:4] for line in out.splitlines() if line[0].isalpha()][1:] == [
-        [stage, "4", "4", "0"] for stage in ("render", "voxels", "features")
+        [stage, "4", "4", "0"] for stage in STAGES
     ]
     assert "asset/s" in err or "s/asset" in err
     assert main([*command, "--quiet"]) == 0
-    assert "render           4       0       0" in capsys.readouterr().out
+    assert "views_input                4       0       0" in capsys.readouterr().out
     saved = load_config(DataConfig, tmp_path / "set/dataset.yaml")
     assert config_to_dict(saved)["filter"]["limit"] == 4
 
@@ -139,8 +141,8 @@ class TestSheet:
     def test_voxels_cover_what_the_view_shows(self, prepared: Path) -> None:
         store = AssetStore(prepared)
         for asset in store.assets():
-            view = store.open(asset, "render").views("input", [0])
-            coords = store.open(asset, "voxels").coords(32)
+            view = store.views(asset, "input", [0])
+            coords = store.coords(asset, 32)
             drawn = draw_voxels(coords, torch.zeros(len(coords), 3), 32, view.viewmats[0], view.Ks[0], 48)
             covered, shown = drawn[..., 0] == 0, view.alphas[0] > 0.9
             assert (covered & shown).sum() >= 0.99 * shown.sum()
@@ -176,7 +178,7 @@ class TestSheet:
         assert choose_assets(store, 100) == store.plan
         one = contact_sheet(store, chosen, cell=24, views_per_set=2)
         two = contact_sheet(store, chosen, cell=24, views_per_set=2, columns=2)
-        # 2 + 2 views, the voxels, and three feature sets.
-        assert one.width == 8 * 26 + 6 and two.width == 2 * one.width and two.height < one.height
-        partial = AssetStore(prepared, ["render"])
-        assert contact_sheet(partial, chosen, cell=24, views_per_set=2).width == 4 * 26 + 6
+        # 2 + 2 views, two grids, and two feature sets, one of them in two modes.
+        assert one.width == 9 * 26 + 6 and two.width == 2 * one.width and two.height < one.height
+        partial = AssetStore(prepared, ["views_cond"])
+        assert contact_sheet(partial, chosen, cell=24, views_per_set=2).width == 2 * 26 + 6

@@ -22,7 +22,7 @@ EVERYTHING = LoaderConfig(
     features=["rgb", "stats"],
     views={"input": 2, "cond": 1},
     occupancy=[32],
-    tensors=["voxels/voxels_16.safetensors"],
+    tensors=["voxels_16/coords.safetensors"],
     max_voxels_per_batch=2500,
     num_workers=0,
 )
@@ -96,7 +96,7 @@ class TestBatches:
                 asset = by_id[asset_id]
                 want = store.features(asset, ["rgb", "stats"])
                 assert torch.equal(voxels.coords, want.coords) and torch.equal(voxels.feats, want.feats)
-                all_views = store.open(asset, "render").views("input")
+                all_views = store.views(asset, "input")
                 for view in range(2 * b, 2 * b + 2):
                     images = batch.views["input"].images[view]
                     same = [i for i in range(6) if torch.equal(all_views.images[i], images)]
@@ -106,9 +106,9 @@ class TestBatches:
                         if torch.equal(all_views.viewmats[i], batch.views["input"].viewmats[view])
                     ]
                     assert len(cameras) == 1
-                coords = store.open(asset, "voxels").coords(32)
+                coords = store.coords(asset, 32)
                 assert torch.equal(batch.occupancy[32][b].nonzero().to(torch.int32), coords)
-                stored = batch.tensors["voxels/voxels_16.safetensors"][b]["coords"]
+                stored = batch.tensors["voxels_16/coords.safetensors"][b]["coords"]
                 assert torch.equal(stored.to(torch.int32), want.coords[:, 1:])
 
     def test_views_can_be_shrunk_and_come_with_depth(self, prepared: Path) -> None:
@@ -124,7 +124,7 @@ class TestBatches:
     def test_splits_and_size_limits(self, prepared: Path) -> None:
         loader = TrainLoader(prepared, LoaderConfig(split="val", occupancy=[16], num_workers=0), seed=0)
         assert {a.id for a in loader.assets} == {"pack/box-3", "pack/box-7"}
-        sizes = {a.id: AssetStore(prepared).info(a, "voxels")["num_voxels"]["32"] for a in loader.store.plan}
+        sizes = {a.id: AssetStore(prepared).info(a, "voxels_32")["num_voxels"] for a in loader.store.plan}
         limit = sorted(sizes.values())[3]
         few = TrainLoader(
             prepared, LoaderConfig(split=None, max_voxels_per_asset=limit, num_workers=0), seed=0
@@ -136,9 +136,7 @@ class TestBatches:
         config = LoaderConfig(split=None, views={"input": 3}, max_assets_per_batch=1, num_workers=0)
         drawn: dict[str, list[tuple[int, ...]]] = {}
         store = AssetStore(prepared)
-        cameras = {
-            a.id: store.open(a, "render").tensors("cameras.safetensors")["input.viewmats"] for a in store.plan
-        }
+        cameras = {a.id: store.views(a, "input").viewmats for a in store.plan}
         for batch in take(TrainLoader(prepared, config, seed=0), 8 * 6):
             viewmats = batch.views["input"].viewmats
             index = tuple(int((cameras[batch.ids[0]] == m).all((1, 2)).nonzero()) for m in viewmats)
@@ -208,8 +206,8 @@ class TestRefusals:
         "changes, said",
         [
             ({"split": "test"}, r"no asset of split 'test' is complete; splits are \['train', 'val'\]"),
-            ({"features": ["flux"]}, r"no features 'flux'; known are rgb, rgb_mean, stats"),
-            ({"tensors": ["latents/z.safetensors"]}, r"stage 'latents' was never prepared"),
+            ({"features": ["flux"]}, "no stage features_flux; prepared are features_rgb, features_stats, "),
+            ({"tensors": ["latents/z.safetensors"]}, "no stage latents; "),
             ({"max_voxels_per_batch": 5}, "every asset has more than 5 voxels"),
         ],
     )
@@ -223,7 +221,7 @@ class TestRefusals:
     def test_too_many_views_and_unknown_sets(self, prepared: Path) -> None:
         for views, said in (
             ({"input": 7}, "7 were asked for, 6 are stored"),
-            ({"top": 1}, "1 were asked for, 0"),
+            ({"top": 1}, "no stage views_top"),
         ):
             with pytest.raises(InputError, match=said):
                 take(TrainLoader(prepared, LoaderConfig(split=None, views=views, num_workers=0), seed=0), 1)
@@ -234,5 +232,5 @@ class TestRefusals:
             TrainLoader(prepared, EVERYTHING, seed=2).load_state_dict(state)
         with pytest.raises(ValueError, match="rank"):
             TrainLoader(prepared, EVERYTHING, seed=1, rank=2, world_size=2)
-        with pytest.raises(InputError, match="not a prepared dataset"):
-            TrainLoader(prepared / "render", EVERYTHING, seed=1)
+        with pytest.raises(InputError, match="no stage features_rgb; prepared are none"):
+            TrainLoader(prepared / "logs", EVERYTHING, seed=1)

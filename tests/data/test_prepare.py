@@ -52,7 +52,7 @@ def test_what_is_stored_is_what_the_parts_compute(prepared: Path, settings: Sett
             config.view_sets["input"].cameras, 48, 48, generator_for(3, asset.id, "input")
         )
         rendered = render_views(mesh, viewmats, Ks, 48, 48, replace(config.render, outputs=("depths",)))
-        stored = store.open(asset, "render").views("input", depths=True)
+        stored = store.views(asset, "input", depths=True)
         assert torch.equal(stored.viewmats, viewmats) and torch.equal(stored.Ks, Ks)
         torch.testing.assert_close(stored.alphas, rendered.alphas, rtol=0, atol=0.51 / 255)
         shown = rendered.alphas > 0.01
@@ -61,22 +61,23 @@ def test_what_is_stored_is_what_the_parts_compute(prepared: Path, settings: Sett
         torch.testing.assert_close(stored.depths, rendered.depths, rtol=0, atol=1.75 / 65534)
 
         for resolution in (16, 32):
-            coords = store.open(asset, "voxels").coords(resolution)
+            coords = store.coords(asset, resolution)
             assert coords.tolist() == voxelise(mesh.triangles, resolution).tolist()
-            assert store.info(asset, "voxels")["num_voxels"][str(resolution)] == len(coords)
-        coords = store.open(asset, "voxels").coords(16)
-        for name, mode in (("rgb", "visible"), ("rgb_mean", "mean")):
+            assert store.info(asset, f"voxels_{resolution}")["num_voxels"] == len(coords)
+        coords = store.coords(asset, 16)
+        assert torch.equal(store.features(asset, ["rgb"]).feats, store.features(asset, ["rgb.visible"]).feats)
+        for name, mode in (("rgb", "visible"), ("rgb.mean", "mean")):
             want = aggregate_features(stored, coords, 16, RgbFeatures(), mode=mode)
             torch.testing.assert_close(store.features(asset, [name]).feats, want.feats, rtol=0, atol=5e-4)
         both = store.features(asset, ["rgb", "stats"])
         assert both.feats.shape == (len(coords), 9) and both.resolution == 16
-        transform = torch.tensor(store.info(asset, "render")["transform"]).reshape(4, 4)
+        transform = torch.tensor(store.info(asset, "views_input")["transform"]).reshape(4, 4)
         torch.testing.assert_close(transform.double(), torch.from_numpy(mesh.transform))
 
 
 def test_shards_are_plain_tar_files_in_webdataset_layout(prepared: Path) -> None:
-    index = read_index(index_path(prepared, "render", 0))
-    with tarfile.open(tar_path(prepared, "render", 0)) as archive:
+    index = read_index(index_path(prepared, "views_input", 0))
+    with tarfile.open(tar_path(prepared, "views_input", 0)) as archive:
         names = archive.getnames()
         assert len(names) == sum(len(e.members) for e in index.entries)
         for entry in index.entries:
@@ -102,7 +103,7 @@ def test_a_second_run_does_nothing(prepared: Path, settings: Settings, content_o
     before, executor = content_of(prepared), CountingExecutor()
     reports = prepare(settings(prepared), executor)
     assert executor.tasks == [] and content_of(prepared) == before
-    assert [(r.num_made, r.num_assets, r.failed) for r in reports] == [(0, 8, {})] * 3
+    assert [(r.num_made, r.num_assets, r.failed) for r in reports] == [(0, 8, {})] * 6
 
 
 class TestSameBytes:
@@ -126,7 +127,7 @@ class TestSameBytes:
     def test_stages_one_at_a_time(
         self, tmp_path: Path, prepared: Path, settings: Settings, content_of: Content
     ) -> None:
-        for stage in ("voxels", "render", "features"):
+        for stage in ("voxels", "views_cond", "views_input", "features"):
             prepare(settings(tmp_path / "set", stages=[stage]), InlineExecutor())
         assert content_of(tmp_path / "set") == content_of(prepared)
 
@@ -155,46 +156,53 @@ class TestRepair:
         self, tmp_path: Path, prepared: Path, settings: Settings, content_of: Content
     ) -> None:
         root = self.copy(prepared, tmp_path)
-        entry = read_index(index_path(root, "render", 1)).entries[2]
-        with open(tar_path(root, "render", 1), "r+b") as file:
+        entry = read_index(index_path(root, "views_input", 1)).entries[2]
+        with open(tar_path(root, "views_input", 1), "r+b") as file:
             file.seek(entry.offset + entry.size // 2)
             byte = file.read(1)
             file.seek(-1, 1)
             file.write(bytes([byte[0] ^ 1]))
         tasks, found = self.repaired(root, settings)
-        assert found == ["render/00001"]
-        assert tasks == ["render:box-5"]
+        assert found == ["views_input/00001"]
+        assert tasks == ["views_input:box-5"]
         assert content_of(root) == content_of(prepared)
 
     def test_truncated_and_missing_shards(
         self, tmp_path: Path, prepared: Path, settings: Settings, content_of: Content
     ) -> None:
         root = self.copy(prepared, tmp_path)
-        path = tar_path(root, "features", 0)
-        path.write_bytes(path.read_bytes()[: read_index(index_path(root, "features", 0)).entries[1].offset])
-        tar_path(root, "voxels", 2).unlink()
+        path = tar_path(root, "features_rgb", 0)
+        path.write_bytes(
+            path.read_bytes()[: read_index(index_path(root, "features_rgb", 0)).entries[1].offset]
+        )
+        tar_path(root, "voxels_16", 2).unlink()
         tasks, found = self.repaired(root, settings)
-        assert found == ["voxels/00002", "features/00000"]
-        assert tasks == ["voxels:box-6", "voxels:box-7", "features:box-1", "features:box-2"]
+        assert found == ["voxels_16/00002", "features_rgb/00000"]
+        assert tasks == [
+            *("voxels_16:box-6", "voxels_16:box-7", "features_rgb:box-1", "features_rgb:box-2"),
+        ]
         assert content_of(root) == content_of(prepared)
 
     def test_damaged_and_missing_indexes(
         self, tmp_path: Path, prepared: Path, settings: Settings, content_of: Content
     ) -> None:
         root = self.copy(prepared, tmp_path)
-        index_path(root, "voxels", 0).write_text("{")
-        index_path(root, "render", 2).unlink()
+        index_path(root, "voxels_32", 0).write_text("{")
+        index_path(root, "views_cond", 2).unlink()
         tasks, found = self.repaired(root, settings)
-        assert found == ["voxels/00000"]
-        assert tasks == ["render:box-6", "render:box-7", "voxels:box-0", "voxels:box-1", "voxels:box-2"]
+        assert found == ["voxels_32/00000"]
+        assert tasks == [
+            *("views_cond:box-6", "views_cond:box-7"),
+            *("voxels_32:box-0", "voxels_32:box-1", "voxels_32:box-2"),
+        ]
         assert content_of(root) == content_of(prepared)
 
     def test_leftovers_of_killed_runs(
         self, tmp_path: Path, prepared: Path, settings: Settings, content_of: Content
     ) -> None:
         root = self.copy(prepared, tmp_path)
-        (root / "render/.00001.tar.4242.tmp").write_bytes(b"half")
-        staging = root / ".staging/render/00001"
+        (root / "views_input/.00001.tar.4242.tmp").write_bytes(b"half")
+        staging = root / ".staging/views_input/00001"
         staging.mkdir(parents=True)
         (staging / "somebody.part").write_bytes(b"half a par")
         assert self.repaired(root, settings) == ([], [])
@@ -207,22 +215,22 @@ class TestRepair:
         from diff2to3.data.shards import Part, part_path, write_part
 
         root = self.copy(prepared, tmp_path)
-        key = read_index(index_path(root, "voxels", 0)).entries[0].key
-        index_path(root, "voxels", 0).unlink()
-        write_part(part_path(root, "voxels", 0, key), key, Part({"x": b"stale"}), "another stamp")
-        assert "voxels:box-0" in self.repaired(root, settings)[0]
+        key = read_index(index_path(root, "voxels_32", 0)).entries[0].key
+        index_path(root, "voxels_32", 0).unlink()
+        write_part(part_path(root, "voxels_32", 0, key), key, Part({"x": b"stale"}), "another stamp")
+        assert "voxels_32:box-0" in self.repaired(root, settings)[0]
         assert content_of(root) == content_of(prepared)
 
 
 class TestRefusals:
     def test_other_settings_in_the_same_folder(self, prepared: Path, settings: Settings) -> None:
         with pytest.raises(
-            InputError, match=r"render was prepared with other settings \(seed: 3 there, 4 now\)"
+            InputError, match=r"views_input was prepared with other settings \(seed: 3 there, 4 now\)"
         ):
             prepare(settings(prepared, seed=4), InlineExecutor())
         sets = {"input": ViewSetConfig(64, depths=True)}
-        with pytest.raises(InputError, match=r"view_sets\.input\.size: 48 there, 64 now"):
-            prepare(settings(prepared, view_sets=sets, features={}, stages=["render"]), InlineExecutor())
+        with pytest.raises(InputError, match=r"views\.size: 48 there, 64 now"):
+            prepare(settings(prepared, view_sets=sets, features={}, stages=["views_input"]), InlineExecutor())
 
     def test_sources_without_assets(self, tmp_path: Path, settings: Settings) -> None:
         with pytest.raises(InputError, match="no asset passes the filters"):
@@ -231,9 +239,11 @@ class TestRefusals:
         assert not (tmp_path / "set").exists()
 
     def test_stages_without_their_inputs(self, tmp_path: Path, settings: Settings) -> None:
-        with pytest.raises(InputError, match="features needs render"):
+        with pytest.raises(InputError, match="features_rgb needs views_input"):
             prepare(settings(tmp_path / "set", stages=["features"]), InlineExecutor())
-        with pytest.raises(InputError, match="unknown stage 'latent'"):
+        with pytest.raises(
+            InputError, match="unknown stage 'latent'; known are views, voxels, features, views_input"
+        ):
             prepare(settings(tmp_path / "set", stages=["latent"]), InlineExecutor())
 
     def test_missing_weights_stop_the_run_and_blame_no_asset(
@@ -243,7 +253,7 @@ class TestRefusals:
         bad = replace(config.features["rgb"], provider="taef2", weights=str(tmp_path / "gone.safetensors"))
         with pytest.raises(InputError, match=r"gone\.safetensors: no such file"):
             prepare(replace(config, features={"taef2": bad}), InlineExecutor())
-        assert not list((tmp_path / "set").glob("features/0*"))
+        assert not list((tmp_path / "set").glob("features_taef2/0*"))
 
     def test_a_part_outside_the_array(self, tmp_path: Path, settings: Settings) -> None:
         with pytest.raises(InputError, match="0 <= i < n"):
@@ -318,14 +328,14 @@ class TestFailures:
             "escaped": r"\.\./escaped\.glb.*refused",
         }.items():
             assert re.search(pattern, said[name], re.I), (name, said[name])
-        assert {k: v.split(":")[0] for k, v in reports[2].failed.items()} == {
-            k: "failed in render" for k in said
+        assert {k: v.split(":")[0] for k, v in reports[-1].failed.items()} == {
+            k: "failed in views_input" for k in said
         }
         store = AssetStore(mixed.out)
         assert [a.id for a in store.assets()] == ["good-0", "good-1", "good-2"]
-        assert store.failures["render"][store.plan[2].key] == said["nan"]
-        with pytest.raises(InputError, match="nan: render: "):
-            store.open(store.plan[2], "render")
+        assert store.failures["views_input"][store.plan[2].key] == said["nan"]
+        with pytest.raises(InputError, match="nan: views_input: "):
+            store.views(store.plan[2], "input")
 
     def test_retry_takes_up_failed_assets_only(self, mixed: DataConfig) -> None:
         prepare(mixed, InlineExecutor())
@@ -333,11 +343,11 @@ class TestFailures:
         prepare(mixed, executor)
         assert executor.tasks == []
         reports = prepare(replace(mixed, limits=LimitConfig()), executor, retry_failed=True)
-        tried = {t.asset.id for t in executor.tasks if t.stage == "render"}
+        tried = {t.asset.id for t in executor.tasks if t.stage == "views_input"}
         assert tried == {"cut", "nan", "empty", "cloud", "large", "escaped"}
         assert set(reports[0].failed) == tried - {"large"}
         # Of the later stages, what follows from results that did not change stays.
-        assert {t.asset.id for t in executor.tasks if t.stage == "features"} == {"large"}
+        assert {t.asset.id for t in executor.tasks if t.stage == "features_rgb"} == {"large"}
         assert "large" in [a.id for a in AssetStore(mixed.out).assets()]
 
     def test_an_unexpected_error_is_a_failure_with_its_traceback_in_the_log(
@@ -349,7 +359,7 @@ class TestFailures:
             raise ZeroDivisionError("by the test")
 
         monkeypatch.setattr(module, "voxelise", broken)
-        (report,) = prepare(settings(tmp_path / "set", stages=["voxels"]), InlineExecutor())
+        (report,) = prepare(settings(tmp_path / "set", stages=["voxels_16"]), InlineExecutor())
         assert set(report.failed.values()) == {"ZeroDivisionError: by the test"} and len(report.failed) == 8
         logged = [json.loads(line) for line in next((tmp_path / "set/logs").iterdir()).open()]
         assert "in broken" in logged[0]["traceback"] and logged[0]["id"] == "pack/box-0"
@@ -509,8 +519,8 @@ def test_a_cube_s_voxels_carry_the_colour_of_their_face(
 
     voxels = store.features(asset, ["rgb"])
     centers = voxels.centers()
-    plain = store.features(asset, ["rgb_mean"]).feats
-    num_views = store.open(asset, "features").tensors("rgb.safetensors")["num_views"]
+    plain = store.features(asset, ["rgb.mean"]).feats
+    num_views = store.open(asset, "features_rgb").tensors("visible.safetensors")["num_views"]
     for normal, color in zip(normals.round(), encoded, strict=True):
         axis, sign = int(np.abs(normal).argmax()), float(normal.sum())
         others = [i for i in range(3) if i != axis]
