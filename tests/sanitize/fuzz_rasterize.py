@@ -6,7 +6,7 @@ import torch
 from draw import EXTREMES, NOT_FINITE, chance, choice, integer, normal, spoil
 from torch import Tensor
 
-from diff2to3.kernels.library import KernelError
+from diff2to3.kernels.library import KernelError, resolve_backend
 from diff2to3.kernels.rasterize import blending_weights, rasterize
 
 
@@ -34,6 +34,11 @@ def draw_scene(generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tens
     return {name: tensor.to(dtype) for name, tensor in scene.items()}
 
 
+def on_cpu() -> bool:
+    """Whether these are the CPU's kernels, which alone have float64."""
+    return resolve_backend("auto", torch.device("cpu"), torch.float64) == "native"
+
+
 def draw_settings(generator: torch.Generator) -> dict[str, float | bool]:
     return {
         "eps2d": choice(generator, (0.0, 0.1, 0.3, 1e6)),
@@ -55,7 +60,7 @@ def draw_colors(generator: torch.Generator, g: int, views: int, dtype: torch.dty
 
 def draw_and_render(generator: torch.Generator, values: tuple[float, ...], share: float) -> str:
     """One forward and backward call; ``share`` of every tensor's entries become one of ``values``."""
-    dtype = torch.float64 if chance(generator, 0.3) else torch.float32
+    dtype = torch.float64 if chance(generator, 0.3) and on_cpu() else torch.float32
     scene = draw_scene(generator, dtype)
     views = scene["viewmats"].shape[0]
     paint = draw_colors(generator, scene["means"].shape[0], views, dtype)
