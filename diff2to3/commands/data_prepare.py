@@ -31,8 +31,8 @@ what is damaged; and adds what is new in the source. The result is the same for 
 """
 
 _INSPECT = """\
-Draw a contact sheet of a prepared dataset: views of every set, then voxels and features through the first
-view's camera. Voxels must cover the object as the view shows it; features must change where the picture does.
+Draw a contact sheet of a prepared dataset: views of every set, then voxels and features through the camera of
+one of them. Voxels must cover the object as that view shows it; features must change where the picture does.
 """
 
 

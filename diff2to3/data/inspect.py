@@ -1,8 +1,8 @@
 """A contact sheet of a prepared dataset: for a person to see that views, voxels and features are right.
 
-One row an asset: views of every set, then the voxels through the camera of the first view, in the colours of
-a checkerboard (geometry), of the lifted RGB where there is such a set, and of the features' principal
-components. Voxels must cover the object as the first view shows it, and features must change where the
+One row an asset: views of every set, then the voxels through the camera of the first set's last view, in the
+colours of a checkerboard (geometry), of the lifted RGB where there is such a set, and of the features'
+principal components. Voxels must cover the object as that view shows it, and features must change where the
 picture does.
 """
 
@@ -107,11 +107,12 @@ def _panels(
     camera = None
     for name in _items(store, "views"):
         count = int(store.info(asset, f"views_{name}")["num_views"])
-        chosen = np.linspace(0, count, min(views_per_set, count), endpoint=False).astype(int).tolist()
+        few = min(views_per_set, count)
+        chosen = [int((i + 0.5) * count / few) for i in range(few)]  # sets begin right below the object
         views = _fit(store.views(asset, name, chosen), cell)
         shown = zip(chosen, views.composite(_BACKGROUND), strict=True)
         panels += [(f"{name} {i}", picture) for i, picture in shown]
-        camera = camera or (views.viewmats[0], views.Ks[0])
+        camera = camera or (views.viewmats[-1], views.Ks[-1])  # the last shown, from above
     if camera is None:
         return panels
     for item in _items(store, "voxels"):
