@@ -311,10 +311,12 @@ def _from_pretrained(cls: Any, source: str, offline: bool, subfolder: str = "") 
 def _not_found(source: str, filename: str, offline: bool, error: Exception) -> str:
     reason = str(error).strip().splitlines()
     where = "is not in the local cache and offline is set" if offline else "could not be fetched"
+    folder, _, pattern = filename.rpartition("/")
+    fetch = f"--include '{folder}/*'" if folder else "" if "*" in pattern else pattern
     return (
         f"{source}: {filename} {where} ({reason[0] if reason else type(error).__name__}); "
         "give a local path as weights, or fetch it on a machine with a connection: "
-        f"hf download {source}"
+        + f"hf download {source} {fetch}".rstrip()
     )
 
 
