@@ -1,0 +1,144 @@
+"""The numbers of one asset, by the metrics whose weights are here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diff2to3.errors import InputError, MissingDependencyError
+from diff2to3.evaluation.protocol import Protocol
+from diff2to3.evaluation.sources import MeshSource, Pictures, Source, Subject
+from diff2to3.metrics.features import FeatureExtractor, build_extractor, cosine_scores
+from diff2to3.metrics.geometry import sample_surface, surface_distance, voxel_iou
+from diff2to3.metrics.image import ciede2000, foreground_psnr, psnr, ssim
+from diff2to3.metrics.lpips import Lpips
+from diff2to3.voxels.voxelise import voxelise
+
+#: Extractors whose features are kept for FD and KD.
+SET_EXTRACTORS = ("inception", "dinov2")
+#: A Gaussian counts as a point of the shape from this opacity on.
+SOLID = 0.5
+
+
+@dataclass(frozen=True)
+class AssetScore:
+    """values: metric → number, a mean over views; features: extractor → (ours, truth), [V, C] each."""
+
+    values: dict[str, float]
+    features: dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Scorer:
+    """Scores assets. ``notes`` has a line for each metric that is left out, and why."""
+
+    rules: Protocol
+    lpips: Lpips | None
+    extractors: dict[str, FeatureExtractor]
+    notes: list[str] = field(default_factory=list)
+
+    @staticmethod
+    def build(
+        rules: Protocol, weights: Mapping[str, str], device: torch.device, offline: bool = False
+    ) -> Scorer:
+        """Load what the protocol's task needs; what is missing becomes a note.
+
+        weights: lpips, inception, dinov2, clip → file, folder or hub repository. ``none`` leaves one out.
+        """
+        scorer = Scorer(rules, None, {})
+        wanted = ["lpips"] if rules.task == "reconstruction" else ["clip"]
+        for name in [*wanted, *(SET_EXTRACTORS if rules.task == "generation" else ())]:
+            given = weights.get(name)
+            if given == "none":
+                continue
+            try:
+                if name == "lpips":
+                    if given is None:
+                        raise InputError(
+                            "lpips: no weights given; give lpips=FILE (see eval/convert_weights.py)"
+                        )
+                    scorer.lpips = Lpips.load(given, rules.lpips_net, device)
+                else:
+                    scorer.extractors[name] = build_extractor(name, given, device=device, offline=offline)
+            except (InputError, MissingDependencyError) as error:
+                scorer.notes.append(f"left out: {error}")
+        return scorer
+
+    def describe(self) -> dict[str, Any]:
+        """Which weights were used, for the result."""
+        found: dict[str, Any] = {name: e.record.to_dict() for name, e in self.extractors.items()}
+        if self.lpips is not None and self.lpips.record is not None:
+            found["lpips"] = self.lpips.record.to_dict()
+        return found
+
+    def score(self, subject: Subject, method: Source, truth: Source) -> AssetScore:
+        """Render (or read) the method's pictures of an asset and compare. InputError names what is wrong."""
+        ours = method.pictures(subject, subject.cameras)
+        theirs = subject.truth
+        if ours.images.shape != theirs.images.shape:
+            raise InputError(
+                f"{subject.id}: {method.name} has pictures {list(ours.images.shape)}, "
+                f"{truth.name} {list(theirs.images.shape)}"
+            )
+        try:
+            if self.rules.task == "generation":
+                return self._generation(subject, ours, theirs, method)
+            values = self._pairs(ours, theirs)
+            if self.rules.shape_points and ours.gaussians is not None and isinstance(truth, MeshSource):
+                values |= self._shape(subject, ours)
+        except ValueError as error:
+            raise InputError(f"{subject.id}: {method.name}: {error}") from error
+        return AssetScore(values, {})
+
+    @torch.no_grad()
+    def _pairs(self, ours: Pictures, theirs: Pictures) -> dict[str, float]:
+        x, y = ours.images, theirs.images
+        values = {"psnr": psnr(x, y), "ssim": ssim(x, y, self.rules.ssim_border)}
+        if self.lpips is not None:
+            pairs = zip(x.float().split(2), y.float().split(2), strict=True)  # VGG at 512 takes 0.4 GB a view
+            values["lpips"] = torch.cat([self.lpips(a, b) for a, b in pairs])
+        if theirs.alphas is not None:
+            values["psnr_foreground"] = foreground_psnr(x, y, theirs.alphas > 0.5)
+            values["ciede2000"] = ciede2000(x, y, theirs.alphas > 0.5)
+        return {name: _mean(v) for name, v in values.items()}
+
+    def _shape(self, subject: Subject, ours: Pictures) -> dict[str, float]:
+        assert ours.gaussians is not None
+        rules = self.rules
+        points = ours.gaussians.means[ours.gaussians.opacities >= SOLID].detach().cpu().float()
+        surface = sample_surface(subject.mesh, rules.shape_points, np.random.default_rng(subject.seed))
+        if len(points) == 0:
+            return {"chamfer": math.inf, "f_score": 0.0, "voxel_iou": 0.0}
+        distance = surface_distance(points, surface, rules.f_threshold)
+        cells = ((points + 0.5) * rules.voxels).floor().clamp(0, rules.voxels - 1).int().unique(dim=0)
+        truth_cells = torch.from_numpy(voxelise(subject.mesh.triangles, rules.voxels))
+        return {
+            "chamfer": distance.chamfer,
+            "f_score": distance.f_score,
+            "voxel_iou": voxel_iou(cells, truth_cells),
+        }
+
+    def _generation(self, subject: Subject, ours: Pictures, theirs: Pictures, method: Source) -> AssetScore:
+        values: dict[str, float] = {}
+        features: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, extractor in self.extractors.items():
+            found = extractor(ours.images)
+            if name == "clip":
+                photo = extractor(subject.photo_pictures.images)
+                again = method.pictures(subject, self.rules.photo_of(subject.id), photo=True)
+                values["clip"] = _mean(cosine_scores(extractor(again.images), photo))
+                values["clip_views"] = _mean(cosine_scores(found, photo))
+            else:
+                features[name] = (found.cpu(), extractor(theirs.images).cpu())
+        return AssetScore(values, features)
+
+
+def _mean(values: Tensor) -> float:
+    """Over views, leaving out those where the metric is not defined (NaN); NaN where none is left."""
+    return float(values.double().nanmean())

@@ -1,0 +1,89 @@
+"""The Toys4k benchmark (paper, tables 1 to 3), or the same on any assets.
+
+    python eval/toys4k.py reconstruction --assets toys4k:FOLDER --method ply:MINE --out runs/mine --weights lpips=FILE
+    torchrun --nproc-per-node 8 eval/toys4k.py generation --assets toys4k:FOLDER --method model:BUNDLE --out runs/gen
+    python eval/toys4k.py draw --assets toys4k:FOLDER > eval/protocol/toys4k_ids.txt
+
+--assets is a folder, a zip or a published data set (see diff2to3/assets); --method is one of
+
+    ply:FOLDER           ply-yup:FOLDER       images:FOLDER
+    call:FILE.py:NAME    model:FOLDER_OR_REPO (generation)
+
+A killed run is continued by the same command; under torchrun, processes share the assets and the last one writes
+OUT/table.md and OUT/table.json. Exit code 1 where an asset failed (it is tried again next time), 2 for bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from diff2to3.errors import InputError
+from diff2to3.evaluation.cli import (
+    Worker,
+    add_arguments,
+    choose_ids,
+    load_protocol,
+    main_of,
+    parse_weights,
+    score_method,
+)
+from diff2to3.evaluation.protocol import Protocol, draw_ids
+from diff2to3.evaluation.scores import Scorer
+from diff2to3.evaluation.sources import MeshSource, open_source
+
+PROTOCOLS = Path(__file__).resolve().parent / "protocol"
+
+
+def worker() -> Worker:
+    """From torchrun's environment."""
+    try:
+        rank, size, local = (
+            int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+    except ValueError as error:
+        raise InputError(f"RANK, WORLD_SIZE, LOCAL_RANK: expected numbers ({error})") from error
+    return Worker(rank, size, local)
+
+
+def run(args: argparse.Namespace) -> int:
+    truth = MeshSource(args.assets)
+    if args.task == "draw":
+        ids = draw_ids(truth.ids(), args.count, args.seed)
+        print(f"# {len(ids)} of {len(truth.ids())} ids: those whose sha256 of '{args.seed}:ID' is least")
+        print("\n".join(ids))
+        return 0
+    rules = load_protocol(args, PROTOCOLS / f"toys4k_{args.task}.yaml", args.task)
+    here = worker()
+    device = here.device(args.device)
+    ids, notes = choose_ids(args, rules, truth)
+    method = open_source(args.method, device, args.offline)
+    scorer = Scorer.build(rules, parse_weights(args.weights), device, args.offline)
+    table = score_method(args.out, method, truth, scorer, ids, notes, device, here)
+    if table is None:
+        return 0
+    print((args.out / "table.md").read_text("utf-8"))
+    return 1 if table["errors"] else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="toys4k", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("task", choices=("reconstruction", "generation", "draw"))
+    parser.add_argument("--assets", required=True)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "draw" in words[:1]:
+        parser.add_argument("--count", type=int, default=Protocol().num_assets)
+        parser.add_argument("--seed", type=int, default=Protocol().seed)
+    else:
+        parser.add_argument("--method", required=True)
+        add_arguments(parser)
+    return main_of(run, parser, words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""The Toys4k programs end to end on a tiny set in the published layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diff2to3.evaluation.protocol import Protocol, draw_ids
+from diff2to3.evaluation.runs import RunFolder
+from diff2to3.evaluation.tables import PAPER
+from diff2to3.metrics.distribution import FeatureMoments, frechet_distance, kernel_distance
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def numbers(folder: Path) -> dict:
+    """A table without what may differ between equal runs."""
+    table = json.loads((folder / "table.json").read_text())
+    table.pop("run")
+    return table
+
+
+@pytest.fixture
+def reconstruct(program, toys4k, method, tiny, weights):
+    """Run the reconstruction program in this process: reconstruct(out, name of the method, overrides)."""
+
+    def run(out: Path, name: str = "dots", *more: str, spec: str | None = None) -> int:
+        arguments = ["reconstruction", "--assets", f"toys4k:{toys4k}", "--out", str(out), "--device", "cpu"]
+        arguments += ["--method", spec or f"call:{method}:{name}", "--weights", *weights]
+        return program("toys4k").main([*arguments, "--offline", *tiny, *more])
+
+    return run
+
+
+def test_reconstruction_end_to_end(reconstruct, tmp_path, capsys):
+    assert reconstruct(tmp_path / "run", "dots", "shape_points=500") == 0
+    table = numbers(tmp_path / "run")
+    assert table["num_assets"] == {"expected": 5, "scored": 5, "failed": 0}
+    metrics = table["metrics"]
+    assert {
+        "psnr",
+        "ssim",
+        "lpips",
+        "psnr_foreground",
+        "ciede2000",
+        "chamfer",
+        "f_score",
+        "voxel_iou",
+    } == set(metrics)
+    for name, held in metrics.items():
+        values = [row[name] for row in table["assets"].values()]
+        assert held["value"] == pytest.approx(sum(values) / 5) and held["count"] == 5
+        assert held["low"] <= held["value"] <= held["high"] and held["noise"] > 0
+    assert 10 < metrics["psnr"]["value"] < 40
+    assert metrics["chamfer"]["value"] < 0.1
+    assert len(table["weights"]["lpips"]["sha256"]) == 64
+    assert table["notes"] == [f"the protocol asks for 1000 assets; {table['truth']['name']} has 5"]
+    shown = capsys.readouterr().out
+    assert "| TRELLIS (paper) | 0.9712 | 30.14 | 0.02901 |" in shown
+    assert f"| **dots** | {metrics['ssim']['value']:.4f} | {metrics['psnr']['value']:.2f} |" in shown
+
+
+def test_a_worse_method_scores_worse_and_a_gate_says_so(reconstruct, program, tmp_path, capsys):
+    for name in ("dots", "gray"):
+        assert reconstruct(tmp_path / name, name) == 0
+    good, bad = numbers(tmp_path / "dots")["metrics"], numbers(tmp_path / "gray")["metrics"]
+    assert (
+        bad["ciede2000"]["value"] > good["ciede2000"]["value"]
+        and bad["psnr"]["value"] < good["psnr"]["value"]
+    )
+    files = [str(tmp_path / name / "table.json") for name in ("dots", "gray")]
+    capsys.readouterr()
+    gate = program("gate").main
+    assert gate([files[0], "--baseline", files[0]]) == 0
+    assert "FAIL" not in capsys.readouterr().out
+    assert gate([files[1], "--baseline", files[0], "--sigmas", "1"]) == 1
+    assert "FAIL ΔE00" in capsys.readouterr().out
+    assert gate([files[0], "--baseline", files[1]]) == 0
+
+
+def test_generation_end_to_end(program, toys4k, method, tiny, weights, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["generation", "--assets", f"toys4k:{toys4k}", "--method", f"call:{method}:from_photo"]
+    arguments += ["--out", str(out), "--weights", *weights, "--offline", "--device", "cpu"]
+    assert program("toys4k").main([*arguments, *tiny, "kd_subsets=7"]) == 0
+    table = numbers(out)
+    metrics = table["metrics"]
+    assert {"clip", "clip_views"} | {
+        f"{k}_{e}" for k in ("fd", "kd") for e in ("inception", "dinov2")
+    } == set(metrics)
+    assert set(table["weights"]) == {"inception", "dinov2", "clip"}
+    # FD and KD again, from the features that the run kept.
+    folder = RunFolder(out)
+    for extractor in ("inception", "dinov2"):
+        pairs = [folder.load_features(asset_id, extractor) for asset_id in sorted(table["assets"])]
+        ours, truth = (torch.cat(side) for side in zip(*pairs, strict=True))
+        assert len(ours) == len(truth) == 10
+        fd = frechet_distance(FeatureMoments.of([ours]), FeatureMoments.of([truth]))
+        assert metrics[f"fd_{extractor}"]["value"] == fd
+        kd = kernel_distance(ours, truth, num_subsets=7, seed=0)
+        held = metrics[f"kd_{extractor}"]
+        assert held["value"] == kd.mean
+        assert held["details"]["num_subsets"] == 7 and held["details"]["seed"] == 0
+    shown = capsys.readouterr().out
+    assert "| TRELLIS (paper) | 98.02 | 24.57 | 0.0421 | 146.14 | 8.74 | 770 M |" in shown
+    assert "Exp 4: + MARoPE" in shown and "kd_dinov2: 7 subsets of 10, seed 0" in shown
+
+
+def test_killed_at_an_asset_and_run_again_gives_the_same_table(
+    toys4k, method, tiny, tmp_path, program, weights
+):
+    command = [
+        sys.executable,
+        str(ROOT / "eval" / "toys4k.py"),
+        "reconstruction",
+        "--assets",
+        f"toys4k:{toys4k}",
+    ]
+    command += [
+        "--method",
+        f"call:{method}:killed",
+        "--offline",
+        "--device",
+        "cpu",
+        *tiny,
+        "--weights",
+        *weights,
+    ]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+
+    def run(out: Path) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [*command, "--out", str(out)], env=environment, capture_output=True, text=True, check=False
+        )
+
+    assert run(tmp_path / "run").returncode == -signal.SIGKILL
+    file = tmp_path / "run" / "results-0.jsonl"
+    assert len(file.read_bytes().splitlines()) == 2 and not (tmp_path / "run" / "table.json").exists()
+    with open(file, "ab") as stream:
+        stream.write(b'{"id": "half a li')  # as a crash in the middle of writing leaves it
+    again = run(tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+    assert len(RunFolder(tmp_path / "run").lines()) == 5 and again.stderr.count(": done") == 3
+    whole = run(tmp_path / "whole")  # never killed: the flag of the first time is still there
+    assert whole.returncode == 0
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+
+
+def test_processes_share_the_assets(reconstruct, tmp_path, monkeypatch):
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert not (tmp_path / "two" / "table.json").exists()
+        assert reconstruct(tmp_path / "two") == 0
+    lines = [len((tmp_path / "two" / f"results-{r}.jsonl").read_bytes().splitlines()) for r in (0, 1)]
+    assert lines == [3, 2]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert reconstruct(tmp_path / "one") == 0
+    assert numbers(tmp_path / "one") == numbers(tmp_path / "two")
+
+
+def test_a_folder_holds_one_run(reconstruct, tmp_path, capsys):
+    assert reconstruct(tmp_path / "run") == 0
+    assert reconstruct(tmp_path / "run", "gray") == 2
+    assert "holds a run with another method; give another folder" in capsys.readouterr().err
+    assert reconstruct(tmp_path / "run", "dots", "seed=1") == 2
+    assert "another assets, protocol" in capsys.readouterr().err.replace(
+        "another protocol", "another assets, protocol"
+    )
+
+
+def test_what_is_missing_is_said_and_the_rest_is_computed(program, toys4k, method, tiny, tmp_path, capsys):
+    arguments = ["--assets", f"toys4k:{toys4k}", "--offline", "--device", "cpu"]
+    main = program("toys4k").main
+    out = tmp_path / "a"
+    assert (
+        main(["reconstruction", *arguments, "--method", f"call:{method}:dots", "--out", str(out), *tiny]) == 0
+    )
+    table = numbers(out)
+    assert "lpips" not in table["metrics"] and "psnr" in table["metrics"]
+    assert (
+        "left out: lpips: no weights given; give lpips=FILE (see eval/convert_weights.py)" in table["notes"]
+    )
+    assert "| **dots** |" in (out / "table.md").read_text() and "| — |" in (out / "table.md").read_text()
+    capsys.readouterr()
+    out = tmp_path / "b"
+    words = ["--method", f"call:{method}:from_photo", "--weights", f"dinov2={tmp_path / 'no'}", "clip=none"]
+    assert main(["generation", *arguments, *words, "--out", str(out), *tiny]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
+    assert [note.split(":")[1].strip() for note in notes] == ["inception", "dinov2"]
+
+
+def test_an_asset_that_fails_is_reported_and_tried_again(reconstruct, toys4k, tmp_path, capsys):
+    """A folder of .ply files that lacks one."""
+    from diff2to3.evaluation.sources import MeshSource, Subject, open_source
+    from diff2to3.gaussians.ply import write_ply
+
+    folder = tmp_path / "plys"
+    folder.mkdir()
+    truth = MeshSource(f"toys4k:{toys4k}")
+    rules = Protocol(resolution=32)
+    method = tmp_path / "method.py"
+    made = open_source(f"call:{method}:dots", torch.device("cpu"))
+    for asset_id in truth.ids():
+        subject = Subject(asset_id, rules, truth, torch.device("cpu"))
+        write_ply(folder / f"{asset_id}.ply", made.pictures(subject, subject.cameras).gaussians)
+    assert reconstruct(tmp_path / "call") == 0
+    assert reconstruct(tmp_path / "ply", spec=f"ply:{folder}") == 0
+    for asset_id, row in numbers(tmp_path / "ply")["assets"].items():  # logits and logarithms round
+        assert row == pytest.approx(numbers(tmp_path / "call")["assets"][asset_id], rel=1e-3)
+    lost = folder / f"{truth.ids()[1]}.ply"
+    content = lost.read_bytes()
+    lost.write_bytes(b"ply\nbroken")
+    capsys.readouterr()
+    assert reconstruct(tmp_path / "broken", spec=f"ply:{folder}") == 1
+    table = numbers(tmp_path / "broken")
+    assert table["num_assets"] == {"expected": 5, "scored": 4, "failed": 1}
+    assert str(lost) in table["errors"][truth.ids()[1]]
+    lost.write_bytes(content)
+    assert reconstruct(tmp_path / "broken", spec=f"ply:{folder}") == 2  # the folder's files changed
+
+
+def test_drawing_is_a_function_of_ids_and_seed(program, toys4k, capsys):
+    ids = [f"{i:03d}" for i in range(100)]
+    drawn = draw_ids(ids, 10, 0)
+    assert drawn == sorted(set(drawn)) and len(drawn) == 10
+    assert drawn == draw_ids(reversed(ids), 10, 0) != draw_ids(ids, 10, 1)
+    assert set(drawn) < set(draw_ids(ids, 20, 0))  # a longer list adds to a shorter one
+    assert draw_ids(ids, 10, 0) == ["023", "024", "031", "047", "048", "049", "057", "077", "078", "085"]
+    assert draw_ids(ids, 200, 0) == draw_ids(ids, None, 0) == ids
+    assert program("toys4k").main(["draw", "--assets", f"toys4k:{toys4k}", "--count", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[0].startswith("# 3 of 5 ids")
+
+
+def test_cameras_and_seeds_belong_to_the_asset():
+    rules = Protocol()
+    one, same, other = rules.views_of("a"), rules.views_of("a"), rules.views_of("b")
+    assert torch.equal(one.viewmats, same.viewmats) and not torch.equal(one.viewmats, other.viewmats)
+    assert not torch.equal(one.viewmats[:1], rules.photo_of("a").viewmats)
+    assert rules.asset_seed("a") != rules.asset_seed("b")
+    assert rules.digest() != Protocol(resolution=256).digest()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("resolution=8", "resolution: expected at least 16 pixels, got 8"),
+        ("tsk=generation", "unknown key 'tsk'; did you mean 'task'"),
+        ("task=generation", "is a protocol for generation, not reconstruction"),
+        ("num_assets=0", "num_assets: expected at least 1"),
+    ],
+)
+def test_bad_protocols_are_refused(reconstruct, tmp_path, override, message, capsys):
+    assert reconstruct(tmp_path / "run", "dots", override) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_arguments_are_one_line(program, toys4k, tmp_path, capsys):
+    base = ["reconstruction", "--assets", f"toys4k:{toys4k}", "--out", str(tmp_path / "o"), "--method"]
+    for words, message in (
+        (["ply:nowhere"], "nowhere: no such folder"),
+        (["call:no.py:f"], "expected call:FILE.py:NAME"),
+        ([f"call:{__file__}:nothing"], "has no function 'nothing'"),
+        ([f"images:{tmp_path}", "--weights", "vgg=x"], "expected NAME=PATH"),
+        ([f"images:{tmp_path}", "--ids", str(tmp_path / "no")], "cannot read the list of ids"),
+    ):
+        assert program("toys4k").main([*base, *words]) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error and len(error.splitlines()) == 1
+
+
+def test_paper_rows_are_complete():
+    for _, metrics, rows in PAPER.values():
+        assert all(len(row[1]) == len(metrics) for row in rows)
+    assert PAPER["generation"][2][-1][1] == PAPER["ablation"][2][-1][1]
+    assert PAPER["generation"][2][-2][1] == PAPER["ablation"][2][0][1]
