@@ -17,9 +17,6 @@ from diff2to3.data.executors import InlineExecutor
 from diff2to3.data.prepare import prepare
 from diff2to3.data.schema import DataConfig
 
-trimesh = pytest.importorskip("trimesh", reason="needs the data extra")
-pytest.importorskip("embreex", reason="needs the data extra")
-
 #: Small enough for a second an asset, with every kind of view and feature.
 SETTINGS = {
     "seed": 3,
@@ -39,6 +36,7 @@ SETTINGS = {
 
 def colored_box(extents: tuple[float, float, float], seed: int) -> bytes:
     """A box with a random colour a face, as GLB."""
+    trimesh = pytest.importorskip("trimesh", reason="needs the data extra")
     box = trimesh.creation.box(extents)
     box.unmerge_vertices()  # GLB has colours at vertices: shared ones would blend the faces
     colors = np.random.default_rng(seed).integers(30, 255, (6, 4), np.uint8)
@@ -74,6 +72,7 @@ def write_source(folder: Path, files: dict[str, bytes]) -> Path:
 @pytest.fixture(scope="session")
 def boxes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight boxes of different shapes in three shards."""
+    pytest.importorskip("embreex", reason="needs the data extra")
     shapes = [
         (1, 1, 1),
         (1, 0.5, 0.2),
