@@ -96,8 +96,8 @@ def _merge(schema: type, config: Any, values: Any, origin: str) -> Any:
         key = str(error.full_key or error.key)
         raise InputError(f"{origin}: unknown key {key!r}{_hint(key, error.object_type)}") from error
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        key = getattr(error, "full_key", None)
-        where = f"{origin}: {key}" if key and key not in origin else origin
+        field = getattr(error, "full_key", None)
+        where = f"{origin}: {field}" if field and field not in origin else origin
         raise InputError(f"{where}: {_one_line(error)}") from error
 
 
