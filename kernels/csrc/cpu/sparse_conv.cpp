@@ -64,15 +64,28 @@ struct Pairs {
   const int32_t* slots;
   int64_t num_out;
 
-  // Calls visit(input row, output row) for begin <= output row < end.
+  // Calls visit(input row, output row) for the outputs [begin, end) of a tap; the input row may be -1. `by_slot`
+  // holds the same outputs in the order of their slots (see below).
   template <class Visit>
-  void each(int64_t tap, int64_t begin, int64_t end, const Visit& visit) const {
+  void each(int64_t tap, int64_t begin, int64_t end, const std::vector<int64_t>& by_slot, const Visit& visit) const {
     if (slots) {
-      for (int64_t o = begin; o < end; ++o) visit(slots[o] == tap ? index[o] : -1, o);
+      for (int64_t i = by_slot[tap]; i < by_slot[tap + 1]; ++i) visit(index[by_slot[i]], by_slot[i]);
     } else {
       const int32_t* row = index + tap * num_out;
       for (int64_t o = begin; o < end; ++o) visit(row[o], o);
     }
+  }
+
+  // Outputs [begin, end) sorted by slot: entries 0 .. taps say where in the vector each slot's outputs start, and
+  // the outputs follow. Empty where there are no slots.
+  std::vector<int64_t> sort_by_slot(int64_t taps, int64_t begin, int64_t end) const {
+    if (!slots) return {};
+    std::vector<int64_t> sorted(taps + 2 + end - begin, 0);
+    for (int64_t o = begin; o < end; ++o) ++sorted[slots[o] + 2];  // two ahead: placing advances the starts
+    sorted[0] = sorted[1] = taps + 2;
+    for (int64_t tap = 1; tap <= taps; ++tap) sorted[tap + 1] += sorted[tap];
+    for (int64_t o = begin; o < end; ++o) sorted[sorted[slots[o] + 1]++] = o;
+    return sorted;
   }
 };
 
@@ -86,6 +99,7 @@ struct Shape {
   static constexpr int rows = NARROW ? kNarrowRows : kTileRows;
   static constexpr int cols = vectors * lanes;  // of a panel
   static constexpr int64_t block = NARROW ? cols : kBlockPanels * cols;
+  static constexpr int64_t chunk_rows = NARROW ? 2 * kChunkRows : kChunkRows;
   static int64_t padded(int64_t channels) { return divide_up(channels, lanes) * lanes; }
 };
 
@@ -126,11 +140,12 @@ struct Forward {
     for (int64_t i = 0; i <= rows; ++i) {
       for (int64_t j = 0; j < width; ++j) sums.get()[i * width + j] = bias && col0 + j < cout ? bias[col0 + j] : T(0);
     }
-    const T* inputs[kChunkRows + S::rows];
-    T* outputs[kChunkRows + S::rows];
+    const T* inputs[S::chunk_rows + S::rows];
+    T* outputs[S::chunk_rows + S::rows];
+    const std::vector<int64_t> by_slot = pairs.sort_by_slot(taps, begin, end);
     for (int64_t tap = 0; tap < taps; ++tap) {
       int64_t count = 0;
-      pairs.each(tap, begin, end, [&](int64_t i, int64_t o) {
+      pairs.each(tap, begin, end, by_slot, [&](int64_t i, int64_t o) {
         inputs[count] = feats + std::max<int64_t>(i, 0) * cin;
         outputs[count] = sums.get() + (o - begin) * width;
         count += i >= 0;
@@ -183,7 +198,7 @@ void convolve(const T* feats, const T* weight, const T* bias, Pairs pairs, T* ou
   const int64_t blocks = divide_up(padded, S::block);
   // Enough pieces to keep every thread busy; the sums do not depend on it.
   const int64_t wanted = divide_up(pairs.num_out * blocks, 4 * threads);
-  const int64_t chunk = std::min(kChunkRows, std::max<int64_t>(wanted, 8 * S::rows));
+  const int64_t chunk = std::min(S::chunk_rows, std::max<int64_t>(wanted, 8 * S::rows));
   const int64_t chunks = divide_up(pairs.num_out, chunk);
   parallel_for(chunks * blocks, 1, threads, [&](int64_t piece, int64_t) {
     const int64_t begin = piece % chunks * chunk, col0 = piece / chunks * S::block;
@@ -222,7 +237,7 @@ struct WeightGradient {
     for (int64_t chunk = begin; chunk < end; chunk += kChunkRows) {
       for (int64_t tap = tap0; tap < tap1; ++tap) {
         int64_t count = 0;
-        pairs.each(tap, chunk, std::min(chunk + kChunkRows, end), [&](int64_t i, int64_t o) {
+        pairs.each(tap, chunk, std::min(chunk + kChunkRows, end), {}, [&](int64_t i, int64_t o) {
           const int64_t input = std::max<int64_t>(i, 0);
           a[count] = left.data + (left_is_output ? o : input) * left.stride + m0;
           b[count] = right.data + (left_is_output ? input : o) * right.stride + n0;
@@ -283,8 +298,8 @@ Matrix<T> pad_rows(Matrix<T> from, int64_t rows, T* to, int64_t threads) {
 // because it decides in which order the products are added.
 template <class T>
 int64_t num_segments(int64_t num_out, int64_t weight_size) {
-  const int64_t by_memory = (int64_t{16} << 20) / std::max<int64_t>(weight_size * sizeof(T), 1);
-  return std::max<int64_t>(1, std::min({num_out / 2048, by_memory, int64_t{16}}));
+  const int64_t by_memory = (int64_t{4} << 20) / std::max<int64_t>(weight_size * sizeof(T), 1);
+  return std::max<int64_t>(1, std::min({num_out / 512, by_memory, int64_t{16}}));
 }
 
 template <class T>
@@ -317,12 +332,13 @@ void weight_gradient(Matrix<T> feats, Matrix<T> v_out, Pairs pairs, T* v_weight,
   const int64_t left_stride = swap ? strides.out : strides.in, right_stride = swap ? strides.in : strides.out;
   parallel_for(taps * left.channels, 64, threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      T* to = v_weight + row / left.channels * strides.tap + row % left.channels * left_stride;
-      for (int64_t n = 0; n < right.channels; ++n) {
-        T sum = 0;
-        for (int64_t segment = 0; segment < segments; ++segment) sum += partial.get()[segment * size + row * padded + n];
-        to[n * right_stride] = sum;
+      T* sum = partial.get() + row * padded;
+      for (int64_t segment = 1; segment < segments; ++segment) {
+        const T* more = sum + segment * size;
+        for (int64_t n = 0; n < right.channels; ++n) sum[n] += more[n];
       }
+      T* to = v_weight + row / left.channels * strides.tap + row % left.channels * left_stride;
+      for (int64_t n = 0; n < right.channels; ++n) to[n * right_stride] = sum[n];
     }
   });
 }
