@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("cat/cat_000", "cat/cat_001", "dog/dog_000", "mug/mug_007", "pen/pen_002")
@@ -79,7 +80,6 @@ def program() -> Callable[[str], ModuleType]:
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """--weights with tiny random networks: the code path of the real ones."""
-    torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from safetensors.torch import save_file
 
@@ -145,3 +145,8 @@ TINY = ("resolution=32", "cameras.num_views=2", "render.supersample=1", "render.
 @pytest.fixture
 def tiny() -> tuple[str, ...]:
     return TINY
+
+
+@pytest.fixture(autouse=True)
+def tiny_networks(one_thread: None) -> None:
+    """Networks this small are several times slower on two threads than on one, where the machine is busy."""

@@ -125,3 +125,8 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         transformers.CLIPVisionModelWithProjection(clip).save_pretrained(folder / "clip")
     names = ("inception", "lpips", "dinov2", "clip")
     return {name: folder / (name if name in names[2:] else f"{name}.safetensors") for name in names}
+
+
+@pytest.fixture(autouse=True)
+def tiny_networks(one_thread: None) -> None:
+    """Networks this small are several times slower on two threads than on one, where the machine is busy."""
