@@ -31,9 +31,9 @@ _GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
 class Lights:
     """White light of one configuration on one mesh. :meth:`irradiance` is what it does to a white surface."""
 
-    def __init__(self, config: LightingConfig, surface: Surface, max_layers: int) -> None:
+    def __init__(self, config: LightingConfig, surface: Surface, scene: RayScene, max_layers: int) -> None:
         self.config = config
-        self._shadows = _Shadows(surface, max_layers) if config.shadows else None
+        self._shadows = _Shadows(surface, scene, max_layers) if config.shadows else None
         # Radiance rises from `ground` below to 1 above: L(w) = base + slope w_z.
         self._base, self._slope = (1 + config.dome_ground) / 2, (1 - config.dome_ground) / 2
         self._scale = config.dome_intensity / (self._base + 2 / 3 * self._slope)
@@ -89,9 +89,12 @@ class Lights:
 class _Shadows:
     """What blocks light: opaque faces all of it, masked and blended ones by their opacity."""
 
-    def __init__(self, surface: Surface, max_layers: int) -> None:
+    def __init__(self, surface: Surface, scene: RayScene, max_layers: int) -> None:
+        """``scene`` holds all faces; the opaque ones get one of their own where they are not all."""
         mesh, self._surface, self._max_layers = surface.mesh, surface, max_layers
-        self._opaque = RayScene(mesh.vertices, mesh.faces[surface.opaque])
+        self._opaque = scene
+        if not surface.opaque.all():
+            self._opaque = RayScene(mesh.vertices, mesh.faces[surface.opaque])
         self._sheer_faces = np.flatnonzero(~surface.opaque)
         self._sheer = RayScene(mesh.vertices, mesh.faces[self._sheer_faces])
 

@@ -25,6 +25,8 @@ from diff2to3.views.textures import encode_srgb
 
 #: Samples worked on at once: bounds memory at about 200 bytes each.
 _TILE_SAMPLES = 1 << 19
+#: Meshes with more vertices are found in the image by their bounding box: looser, and faster.
+_MAX_OUTLINE = 20_000
 #: Light that is left below this is not followed any further.
 _LEAST_LIGHT = 1 / 512
 
@@ -96,7 +98,8 @@ class Tracer:
         self.surface = Surface(mesh, config.smooth)
         self.scene = RayScene(mesh.vertices, mesh.faces)
         lit = config.lighting.mode != "unlit"
-        self._lights = Lights(config.lighting, self.surface, config.max_layers) if lit else None
+        self._lights = Lights(config.lighting, self.surface, self.scene, config.max_layers) if lit else None
+        self._outline = mesh.vertices if len(mesh.vertices) < _MAX_OUTLINE else _box_corners(mesh.vertices)
         self._culls = config.back_faces == "cull" and not bool(self.surface.double_sided.all())
         #: Faces that a ray may pass, so that opacity is looked up sample by sample.
         self.sheer = ~self.surface.opaque | (self._culls & ~self.surface.double_sided)
@@ -104,7 +107,7 @@ class Tracer:
     def render(self, camera: Camera, out: Frames, view: int) -> None:
         """Render one view into row ``view`` of ``out``."""
         geometry = _Geometry(camera.height, camera.width) if self.config.outputs else None
-        for x0, x1, y0, y1 in _tiles(camera.bounds(self.mesh.vertices), self.config.supersample):
+        for x0, x1, y0, y1 in _tiles(camera.bounds(self._outline), self.config.supersample):
             tile = Tile(self, camera, x0, x1, y0, y1)
             colors, alphas = tile.shade()
             seen = np.flatnonzero(alphas > 0)
@@ -376,6 +379,12 @@ def group_samples(pixels: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np
         leader[rows[same]] = np.minimum(leader[rows[same]], rows[same] - back)
     is_leader = leader == np.arange(n)
     return np.flatnonzero(is_leader), (np.cumsum(is_leader) - 1)[leader]
+
+
+def _box_corners(vertices: np.ndarray) -> np.ndarray:
+    """The corners of the bounding box: [8, 3]."""
+    ends = np.stack([vertices.min(0), vertices.max(0)])
+    return np.stack([ends[[i >> k & 1 for k in range(3)], range(3)] for i in range(8)])
 
 
 def _tiles(bounds: tuple[int, int, int, int], supersample: int) -> Iterator[tuple[int, int, int, int]]:

@@ -12,6 +12,7 @@ import pytest
 from diff2to3.types import Material
 from diff2to3.views import LightingConfig, RenderConfig, intrinsics, look_at, render_views
 from diff2to3.views.lighting import Lights
+from diff2to3.views.raycast import RayScene
 from diff2to3.views.surface import Surface
 
 pytest.importorskip("embreex")
@@ -55,7 +56,8 @@ def test_a_free_white_floor_gets_the_intensities():
 def test_dome_is_the_integral_of_its_gradient(normal):
     """The closed form against 200,000 random directions."""
     config = LightingConfig(dome_intensity=1.0, dome_ground=0.3)
-    lights = Lights(config, Surface(make_mesh(quad((0, 0, 0), *UP))), 8)
+    floor = make_mesh(quad((0, 0, 0), *UP))
+    lights = Lights(config, Surface(floor), RayScene(floor.vertices, floor.faces), 8)
     directions = np.random.default_rng(0).normal(size=(200_000, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     sky = 0.65 + 0.35 * directions[:, 2]
@@ -140,7 +142,7 @@ def test_dome_cache_agrees_with_tracing_at_the_points():
     mesh = make_mesh(np.concatenate(corners))
     surface = Surface(mesh)
     config = LightingConfig(dome_samples=64, dome_resolution=128)
-    lights = Lights(config, surface, 8)
+    lights = Lights(config, surface, RayScene(mesh.vertices, mesh.faces), 8)
     faces = rng.integers(0, mesh.num_faces, 4000)
     u, v = np.sort(rng.uniform(0, 1, (2, 4000)), axis=0).astype(np.float32)
     u, v = u, v - u

@@ -321,6 +321,17 @@ def test_tiles_do_not_show(soup, monkeypatch):
         assert torch.equal(getattr(whole, key), getattr(tiled, key)), key
 
 
+def test_looser_bounds_do_not_show(soup, monkeypatch):
+    from diff2to3.views import tracer
+
+    mesh = soup(30, 5)
+    tight = shot(mesh, (1, -1, 1), size=50)
+    monkeypatch.setattr(tracer, "_MAX_OUTLINE", 0)
+    loose = shot(mesh, (1, -1, 1), size=50)
+    for key in ("images", "alphas", *OUTPUTS):
+        assert torch.equal(getattr(tight, key), getattr(loose, key)), key
+
+
 def test_global_generators_are_left_alone(cube):
     before = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
     shot(cube, (1, 1, 1), size=16, lighting=LightingConfig())
