@@ -99,14 +99,14 @@ def patchify(feats: Tensor, plan: PatchPlan, reduce: str = "mean", *, backend: s
     one more row of zeros: sum / (count + 1). That is what TRELLIS's SparseDownsample computes (its
     scatter_reduce includes the zeros it starts from), so its weights need it.
     """
-    check_feats("feats", feats, plan.num_voxels)
+    check_feats("feats", feats, plan.num_voxels, plan.coords.device)
     scale = reduction_scale(plan, reduce, feats)
     return patch_sum(feats, plan.children, plan.parents, scale, choose(backend, feats))
 
 
 def unpatchify(feats: Tensor, plan: PatchPlan, *, backend: str = "auto") -> Tensor:
     """Give every voxel the row of its patch: [M, C] -> [N, C]. Differentiable."""
-    check_feats("feats", feats, plan.num_patches)
+    check_feats("feats", feats, plan.num_patches, plan.coords.device)
     return patch_copy(feats, plan.children, plan.parents, None, choose(backend, feats))
 
 
@@ -120,13 +120,18 @@ def reduction_scale(plan: PatchPlan, reduce: str, like: Tensor) -> Tensor | None
     return counts.to(like.dtype if like.dtype == torch.float64 else torch.float32).reciprocal()
 
 
-def check_feats(name: str, feats: Tensor, num_rows: int) -> None:
+def check_feats(name: str, feats: Tensor, num_rows: int, device: torch.device) -> None:
+    """ValueError unless ``feats`` are features for a plan of ``num_rows`` rows on ``device``."""
     if feats.ndim != 2 or feats.shape[0] != num_rows:
         raise ValueError(
             f"{name}: expected shape [{num_rows}, channels] to match the plan, got {list(feats.shape)}"
         )
     if feats.dtype not in FLOAT_TYPES:
         raise ValueError(f"{name}: expected float32, float64, float16 or bfloat16, got {feats.dtype}")
+    if feats.device != device:
+        raise ValueError(
+            f"{name}: on {feats.device}, but the plan is on {device}; move one of them with .to()"
+        )
 
 
 def choose(backend: str, feats: Tensor) -> str:

@@ -53,7 +53,7 @@ def submanifold_conv(
     Raises:
         ValueError: shapes, dtypes or devices that do not match; the message names the argument.
     """
-    check_feats("feats", feats, plan.num_voxels)
+    check_feats("feats", feats, plan.num_voxels, plan.coords.device)
     feats, weight, bias = autocast(feats, weight, bias)
     flat = check_weights(feats, weight, bias, plan.num_taps)
     return submanifold_conv_op(feats, flat, bias, plan.table, False, workspace, choose(backend, feats))
@@ -72,7 +72,7 @@ def patch_conv(
 
     ``feats`` [N, Cin] -> [M, Cout]; ``weight`` [Cout, p, p, p, Cin]. The rest as in :func:`submanifold_conv`.
     """
-    check_feats("feats", feats, plan.num_voxels)
+    check_feats("feats", feats, plan.num_voxels, plan.coords.device)
     feats, weight, bias = autocast(feats, weight, bias)
     flat = check_weights(feats, weight, bias, plan.num_slots)
     tables = (plan.children, plan.parents, plan.slots)
@@ -92,7 +92,7 @@ def unpatch_conv(
 
     ``feats`` [M, Cin] -> [N, Cout]; ``weight`` [Cout, p, p, p, Cin]. The rest as in :func:`submanifold_conv`.
     """
-    check_feats("feats", feats, plan.num_patches)
+    check_feats("feats", feats, plan.num_patches, plan.coords.device)
     feats, weight, bias = autocast(feats, weight, bias)
     flat = check_weights(feats, weight, bias, plan.num_slots)
     tables = (plan.children, plan.parents, plan.slots)
@@ -101,9 +101,12 @@ def unpatch_conv(
 
 def autocast(feats: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The arguments in autocast's dtype where it is on, as torch's own convolutions do."""
-    if not torch.is_autocast_enabled(feats.device.type) or feats.dtype == torch.float64:
+    kind = feats.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return feats, weight, bias
-    dtype = torch.get_autocast_dtype(feats.device.type)
+    if feats.dtype == torch.float64:
+        return feats, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
     return feats.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 

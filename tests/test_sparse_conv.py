@@ -165,6 +165,16 @@ def test_autocast(generator: torch.Generator) -> None:
     torch.testing.assert_close(out.float(), submanifold_conv(feats, weight, bias, plan), rtol=0.05, atol=0.1)
 
 
+def test_shapes_without_data(generator: torch.Generator) -> None:
+    """A dry run on the meta device."""
+    coords = parity.bumpy_shell(10, 200, 1, generator)
+    plan, patch = neighbor_plan(coords).to("meta"), patch_plan(coords).to("meta")
+    feats = torch.zeros(len(coords), 6, device="meta", requires_grad=True)
+    out = submanifold_conv(feats, torch.zeros(4, 3, 3, 3, 6, device="meta"), None, plan)
+    patchify(out, patch).sum().backward()
+    assert out.shape == (len(coords), 4) and feats.grad is not None and feats.grad.shape == feats.shape
+
+
 def test_only_needed_gradients(generator: torch.Generator) -> None:
     coords = parity.bumpy_shell(10, 200, 1, generator)
     plan = neighbor_plan(coords)
@@ -286,6 +296,8 @@ def test_wrong_feats(small: tuple) -> None:  # type: ignore[type-arg]
         ):
             with pytest.raises(ValueError, match=r"^feats: expected"):
                 call(feats)
+    with pytest.raises(ValueError, match=r"^feats: on cpu, but the plan is on meta"):
+        submanifold_conv(torch.zeros(3, 4), weight, None, plan.to("meta"))
     for call in (lambda f: unpatch_conv(f, cube, None, patch), lambda f: unpatchify(f, patch)):
         with pytest.raises(ValueError, match=r"^feats: expected shape \[2, channels\]"):
             call(torch.zeros(3, 4))

@@ -40,7 +40,7 @@ def submanifold_conv_spconv(feats: Tensor, weight: Tensor, bias: Tensor | None, 
         RuntimeError: a call that spconv cannot serve on a CPU.
     """
     spconv = require_spconv()
-    check_feats("feats", feats, plan.num_voxels)
+    check_feats("feats", feats, plan.num_voxels, plan.coords.device)
     check_weights(feats, weight, bias, plan.num_taps)
     if weight.ndim != 5:
         raise ValueError(f"weight: expected [out, k, k, k, in], got {list(weight.shape)}")
