@@ -293,8 +293,12 @@ def text_folder(folder, tmp_path_factory):
     (root / "pipeline.json").write_text(json.dumps(values))
     letters = "abcdefghijklmnopqrstuvwxyz"
     vocabulary = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = transformers.CLIPTokenizer(vocab={w: i for i, w in enumerate(vocabulary)}, merges=[])
-    tokenizer.save_pretrained(root / "tiny-clip")
+    (root / "tiny-clip").mkdir()
+    (root / "tiny-clip" / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
+    (root / "tiny-clip" / "merges.txt").write_text("#version: 0.2\n")
+    (root / "tiny-clip" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer"})
+    )
     config = transformers.CLIPTextConfig(
         vocab_size=len(vocabulary), hidden_size=COND, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=77, eos_token_id=53, bos_token_id=52, pad_token_id=53,

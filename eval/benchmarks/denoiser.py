@@ -26,7 +26,7 @@ COND_TOKENS = 1374  # DINOv2 at 518²: 37² patches, 4 registers, 1 class token
 def shell(num_tokens: int, generator: torch.Generator) -> torch.Tensor:
     """Voxels [N, 4] of a bumpy sphere in 64³ of which 2³ patches make ``num_tokens`` tokens."""
     directions = F.normalize(torch.randn(400_000, 3, generator=generator), dim=1)
-    radius = 0.42 + 0.05 * torch.sin(12 * directions).prod(1, keepdim=True)
+    radius = 0.43 + 0.06 * torch.sin(25 * directions).prod(1, keepdim=True)
     voxels = torch.unique(((directions * radius + 0.5) * 64).long(), dim=0)
     patches, patch_of = torch.unique(voxels // 2, dim=0, return_inverse=True)
     if len(patches) < num_tokens:
