@@ -41,7 +41,7 @@ SANITIZERS = {"address": (ADDRESS, "libasan.so"), "thread": (["-fsanitize=thread
 OPTIONS = {
     # Python and torch keep memory until exit, which is no leak of ours.
     "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
-    "TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_signal_unsafe=0",
+    "TSAN_OPTIONS": f"halt_on_error=1:exitcode=66:report_signal_unsafe=0:suppressions={HERE / 'tsan.supp'}",
 }
 
 
@@ -58,7 +58,7 @@ def runnable_variants() -> list[str]:
 def compile_sanitized(folder: Path, variant: str, sanitizer: str = "address") -> Path:
     """The kernels of one instruction set (or ``cuda``, for the emulator), instrumented; the library's file."""
     compiler = build.find_compiler()
-    extra = [*SANITIZERS[sanitizer][0], "-O1", "-g", "-fno-omit-frame-pointer"]
+    extra = [*SANITIZERS[sanitizer][0], "-O1", "-g1", "-fno-omit-frame-pointer"]
     if sanitizer == "address" and "clang" not in build.run([compiler, "--version"]):
         extra += GCC_CALLS
     if variant == "cuda":
