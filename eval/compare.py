@@ -58,7 +58,6 @@ def folder_name(name: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    args.overrides = args.set
     rules = load_protocol(args, PROTOCOL)
     device = Worker().device(args.device)
     truth = open_source(args.truth, device)

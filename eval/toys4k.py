@@ -9,6 +9,8 @@
     ply:FOLDER           ply-yup:FOLDER       images:FOLDER
     call:FILE.py:NAME    model:FOLDER_OR_REPO (generation)
 
+--set KEY=VALUE … changes the protocol (eval/protocol), such as resolution=256 num_assets=null.
+
 A killed run is continued by the same command; under torchrun, processes share the assets and the last one writes
 OUT/table.md and OUT/table.json. Exit code 1 where an asset failed (it is tried again next time), 2 for bad input.
 """

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--offline", action="store_true", help="never open a connection")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="of the protocol, such as resolution=256"
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the protocol, such as resolution=256"
     )
 
 
@@ -75,7 +75,7 @@ def parse_weights(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def load_protocol(args: argparse.Namespace, default: Path, task: str | None = None) -> Protocol:
-    rules = load_config(Protocol, args.protocol or default, args.overrides)
+    rules = load_config(Protocol, args.protocol or default, args.set)
     if task is not None and rules.task != task:
         raise InputError(f"{args.protocol or default}: is a protocol for {rules.task}, not {task}")
     return rules
@@ -148,7 +148,7 @@ def main_of(
     run: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> int:
     """Parse, run, and turn bad input into one line and exit code 2."""
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_args(argv)
     try:
         return run(args)
     except (InputError, MissingDependencyError) as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diff2to3.errors import InputError, MissingDependencyError
 from diff2to3.evaluation.protocol import Protocol
-from diff2to3.evaluation.sources import MeshSource, Pictures, Source, Subject
+from diff2to3.evaluation.sources import ImageSource, MeshSource, Pictures, Source, Subject
 from diff2to3.metrics.features import FeatureExtractor, build_extractor, cosine_scores
 from diff2to3.metrics.geometry import sample_surface, surface_distance, voxel_iou
 from diff2to3.metrics.image import ciede2000, foreground_psnr, psnr, ssim
@@ -131,9 +131,11 @@ class Scorer:
             found = extractor(ours.images)
             if name == "clip":
                 photo = extractor(subject.photo_pictures.images)
+                values["clip_views"] = _mean(cosine_scores(found, photo))
+                if isinstance(method, ImageSource) and not method.has_photo(subject.id):
+                    continue
                 again = method.pictures(subject, self.rules.photo_of(subject.id), photo=True)
                 values["clip"] = _mean(cosine_scores(extractor(again.images), photo))
-                values["clip_views"] = _mean(cosine_scores(found, photo))
             else:
                 features[name] = (found.cpu(), extractor(theirs.images).cpu())
         return AssetScore(values, features)

@@ -159,7 +159,9 @@ def render_gaussians(
 
 
 class ImageSource:
-    """A folder of folders of pictures. The photo, where a benchmark needs one, is ID/photo.png."""
+    """A folder of folders of pictures. ID/photo.png is, for the truth, the photo that generation starts from; for a
+    method, its object from that camera. Without it, the CLIP score is not defined.
+    """
 
     def __init__(self, folder: str) -> None:
         self.name, self._folder = public_name(folder), _folder(folder)
@@ -167,6 +169,10 @@ class ImageSource:
     def ids(self) -> list[str]:
         parents = {p.parent for p in self._folder.rglob("*") if p.suffix.lower() in PICTURES}
         return sorted(p.relative_to(self._folder).as_posix() for p in parents if p != self._folder)
+
+    def has_photo(self, asset_id: str) -> bool:
+        """Whether there is a picture from the photo's camera."""
+        return any(p.stem == "photo" for p in (self._folder / asset_id).glob("photo.*"))
 
     def fingerprint(self) -> str:
         files = (p for p in self._folder.rglob("*") if p.suffix.lower() in PICTURES)

@@ -17,13 +17,18 @@ from torch import Tensor
 class FeatureMoments:
     """Count, mean and scatter of features, updated batch by batch (Chan et al. 1979) and mergeable.
 
-    ``mean`` [C] and ``scatter`` [C, C] = Σ (x − mean)(x − mean)ᵀ, float64, on the CPU.
+    ``mean`` [C] and ``scatter`` [C, C] = Σ (x − mean)(x − mean)ᵀ, float64, on the CPU. Small batches wait until
+    they are worth an update of all C² numbers.
     """
 
+    WAITING = 1024
+
     def __init__(self, channels: int) -> None:
-        self.count = 0
-        self.mean = torch.zeros(channels, dtype=torch.float64)
-        self.scatter = torch.zeros(channels, channels, dtype=torch.float64)
+        self.channels = channels
+        self._count = 0
+        self._mean = torch.zeros(channels, dtype=torch.float64)
+        self._scatter = torch.zeros(channels, channels, dtype=torch.float64)
+        self._waiting: list[Tensor] = []
 
     @staticmethod
     def of(batches: Iterable[Tensor]) -> FeatureMoments:
@@ -36,29 +41,50 @@ class FeatureMoments:
             raise ValueError("features: expected at least one batch")
         return moments
 
+    @property
+    def count(self) -> int:
+        return self._settled()._count
+
+    @property
+    def mean(self) -> Tensor:
+        return self._settled()._mean
+
+    @property
+    def scatter(self) -> Tensor:
+        return self._settled()._scatter
+
     def update(self, features: Tensor) -> None:
         """Add rows [N, C]."""
-        check_features("features", features, len(self.mean))
-        x = features.detach().to("cpu", torch.float64)
-        if len(x) == 0:
-            return
-        mean = x.mean(0)
-        centred = x - mean
-        self._add(len(x), mean, centred.T @ centred)
+        check_features("features", features, self.channels)
+        self._waiting.append(features.detach().to("cpu", torch.float64, copy=True))
+        if sum(len(x) for x in self._waiting) >= self.WAITING:
+            self._settled()
+
+    def _settled(self) -> FeatureMoments:
+        """Itself, with nothing waiting."""
+        if self._waiting:
+            x = torch.cat(self._waiting)
+            self._waiting = []
+            if len(x):
+                mean = x.mean(0)
+                centred = x - mean
+                self._add(len(x), mean, centred.T @ centred)
+        return self
 
     def merge(self, other: FeatureMoments) -> None:
         """Add the rows that ``other`` has seen."""
-        if len(other.mean) != len(self.mean):
-            raise ValueError(f"features: {len(other.mean)} channels do not go with {len(self.mean)}")
+        if other.channels != self.channels:
+            raise ValueError(f"features: {other.channels} channels do not go with {self.channels}")
+        self._settled()
         if other.count:
             self._add(other.count, other.mean, other.scatter)
 
     def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        total = self.count + count
-        shift = mean - self.mean
-        self.scatter = self.scatter + scatter + torch.outer(shift, shift) * (self.count * count / total)
-        self.mean = self.mean + shift * (count / total)
-        self.count = total
+        total = self._count + count
+        shift = mean - self._mean
+        self._scatter = self._scatter + scatter + torch.outer(shift, shift) * (self._count * count / total)
+        self._mean = self._mean + shift * (count / total)
+        self._count = total
 
     @property
     def covariance(self) -> Tensor:
@@ -77,8 +103,8 @@ def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
     exact for singular covariances (fewer images than channels, constant features), where a general matrix root
     is neither. A set of one image has no covariance: ValueError.
     """
-    if len(a.mean) != len(b.mean):
-        raise ValueError(f"features: {len(a.mean)} and {len(b.mean)} channels cannot be compared")
+    if a.channels != b.channels:
+        raise ValueError(f"features: {a.channels} and {b.channels} channels cannot be compared")
     first, second = a.covariance, b.covariance
     cross = torch.linalg.svdvals(_symmetric_root(first) @ _symmetric_root(second)).sum()
     distance = (a.mean - b.mean).square().sum() + first.trace() + second.trace() - 2 * cross

@@ -14,8 +14,10 @@ import torch
 
 from diff2to3.evaluation.protocol import Protocol, draw_ids
 from diff2to3.evaluation.runs import RunFolder
-from diff2to3.evaluation.tables import PAPER
+from diff2to3.evaluation.tables import PAPER, markdown
 from diff2to3.metrics.distribution import FeatureMoments, frechet_distance, kernel_distance
+from diff2to3.pipeline import ImageTo3D, Result
+from diff2to3.types import Gaussians, SparseVoxels
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,7 +36,7 @@ def reconstruct(program, toys4k, method, tiny, weights):
     def run(out: Path, name: str = "dots", *more: str, spec: str | None = None) -> int:
         arguments = ["reconstruction", "--assets", f"toys4k:{toys4k}", "--out", str(out), "--device", "cpu"]
         arguments += ["--method", spec or f"call:{method}:{name}", "--weights", *weights]
-        return program("toys4k").main([*arguments, "--offline", *tiny, *more])
+        return program("toys4k").main([*arguments, "--offline", "--set", *tiny, *more])
 
     return run
 
@@ -89,7 +91,7 @@ def test_generation_end_to_end(program, toys4k, method, tiny, weights, tmp_path,
     out = tmp_path / "run"
     arguments = ["generation", "--assets", f"toys4k:{toys4k}", "--method", f"call:{method}:from_photo"]
     arguments += ["--out", str(out), "--weights", *weights, "--offline", "--device", "cpu"]
-    assert program("toys4k").main([*arguments, *tiny, "kd_subsets=7"]) == 0
+    assert program("toys4k").main([*arguments, "--set", *tiny, "kd_subsets=7"]) == 0
     table = numbers(out)
     metrics = table["metrics"]
     assert {"clip", "clip_views"} | {
@@ -130,6 +132,7 @@ def test_killed_at_an_asset_and_run_again_gives_the_same_table(
         "--offline",
         "--device",
         "cpu",
+        "--set",
         *tiny,
         "--weights",
         *weights,
@@ -179,7 +182,19 @@ def test_what_is_missing_is_said_and_the_rest_is_computed(program, toys4k, metho
     main = program("toys4k").main
     out = tmp_path / "a"
     assert (
-        main(["reconstruction", *arguments, "--method", f"call:{method}:dots", "--out", str(out), *tiny]) == 0
+        main(
+            [
+                "reconstruction",
+                *arguments,
+                "--method",
+                f"call:{method}:dots",
+                "--out",
+                str(out),
+                "--set",
+                *tiny,
+            ]
+        )
+        == 0
     )
     table = numbers(out)
     assert "lpips" not in table["metrics"] and "psnr" in table["metrics"]
@@ -190,9 +205,31 @@ def test_what_is_missing_is_said_and_the_rest_is_computed(program, toys4k, metho
     capsys.readouterr()
     out = tmp_path / "b"
     words = ["--method", f"call:{method}:from_photo", "--weights", f"dinov2={tmp_path / 'no'}", "clip=none"]
-    assert main(["generation", *arguments, *words, "--out", str(out), *tiny]) == 0
+    assert main(["generation", *arguments, *words, "--out", str(out), "--set", *tiny]) == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
     assert [note.split(":")[1].strip() for note in notes] == ["inception", "dinov2"]
+
+
+def test_a_method_with_broken_pictures_does_not_score(reconstruct, method, tmp_path):
+    """NaN, and values that no picture has, are errors of the asset and not numbers."""
+    method.write_text(
+        method.read_text()
+        + """
+
+def broken(subject):
+    from diff2to3.types import Views
+    size, cameras = subject.cameras.resolution, subject.cameras
+    images = torch.full((2, size, size, 3), float("nan") if subject.seed % 2 else 7.0)
+    return Views(images, torch.ones(2, size, size), cameras.viewmats, cameras.Ks)
+"""
+    )
+    assert reconstruct(tmp_path / "run", "broken") == 1
+    table = numbers(tmp_path / "run")
+    assert table["num_assets"]["failed"] == 5 and table["metrics"] == {}
+    assert {error.split(": ", 1)[1][:27] for error in table["errors"].values()} == {
+        "broken: images: NaN or infi",
+        "broken: images: expected va",
+    }
 
 
 def test_an_asset_that_fails_is_reported_and_tried_again(reconstruct, toys4k, tmp_path, capsys):
@@ -274,6 +311,54 @@ def test_bad_arguments_are_one_line(program, toys4k, tmp_path, capsys):
         assert program("toys4k").main([*base, *words]) == 2
         error = capsys.readouterr().err.strip()
         assert message in error and len(error.splitlines()) == 1
+
+
+def test_only_a_result_on_toys4k_stands_beside_the_paper(reconstruct, tmp_path):
+    assert reconstruct(tmp_path / "run") == 0
+    table = json.loads((tmp_path / "run" / "table.json").read_text())
+    assert "on 5 of toys4k:toys4k0 at 32 x 32: not to be compared." in markdown(table)
+    table["num_assets"]["scored"], table["protocol"]["resolution"] = 1000, 512
+    assert "not to be compared" not in markdown(table)
+    table["truth"]["name"] = "my-toys"
+    assert "not to be compared" in markdown(table)
+
+
+def test_a_model_bundle_is_run_on_the_photo(program, toys4k, tiny, tmp_path, monkeypatch):
+    """With a stand-in for the pipeline: what it is called with, and that its Gaussians are scored."""
+    seen = []
+
+    class Model:
+        def __call__(self, photo, *, seed):
+            seen.append((photo.mode, photo.size, seed))
+            one = torch.ones(1)
+            gaussians = Gaussians(
+                torch.zeros(1, 3), torch.eye(4)[:1], one.expand(1, 3) / 5, one, torch.ones(1, 1, 3)
+            )
+            return Result(
+                gaussians, SparseVoxels.from_coords(torch.zeros(0, 4).int(), torch.zeros(0, 1), 4), seed
+            )
+
+    monkeypatch.setattr(ImageTo3D, "from_pretrained", staticmethod(lambda folder, **options: Model()))
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / "model.json").write_text("{}")
+    arguments = [
+        "generation",
+        "--assets",
+        f"toys4k:{toys4k}",
+        "--method",
+        f"model:{bundle}",
+        "--device",
+        "cpu",
+    ]
+    arguments += ["--offline", "--out", str(tmp_path / "run"), "--weights", "clip=none", "dinov2=none"]
+    arguments += ["inception=none"]
+    assert program("toys4k").main([*arguments, "--set", *tiny]) == 0
+    rules = Protocol()
+    ids = sorted(numbers(tmp_path / "run")["assets"])
+    assert seen == [("RGBA", (32, 32), rules.asset_seed(asset_id)) for asset_id in ids]
+    (bundle / "model.json").write_text("{ }")
+    assert program("toys4k").main([*arguments, "--set", *tiny]) == 2  # another model
 
 
 def test_paper_rows_are_complete():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -97,6 +99,21 @@ def lpips_weights(net: str, divisor: int = 1) -> dict[str, Tensor]:
     for k, channels in enumerate(_TAPS[net]):
         weights[f"lin.{k}.weight"] = torch.rand(1, channels // divisor, 1, 1, generator=generator)
     return weights
+
+
+@pytest.fixture(scope="session")
+def program() -> Callable[[str], ModuleType]:
+    """A program of eval/ by name, as a module."""
+
+    def load(name: str) -> ModuleType:
+        path = Path(__file__).resolve().parents[2] / "eval" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"eval_{name}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -83,14 +83,20 @@ def test_fd_of_constant_features():
     assert fd(one, one) == 0
 
 
-@given(cuts=st.lists(st.integers(0, 60), max_size=5), merge=st.integers(0, 60))
+@given(
+    cuts=st.lists(st.integers(0, 60), max_size=5),
+    merge=st.integers(0, 60),
+    waiting=st.sampled_from([1, 20, 1024]),
+)
 @settings(max_examples=25, deadline=None)
-def test_moments_do_not_depend_on_batches(cuts, merge):
+def test_moments_do_not_depend_on_batches(cuts, merge, waiting):
     x = features(60, 5, 8) + 1000  # an offset that naive sums of squares would lose digits to
     bounds = [0, *sorted(cuts), 60]
-    streamed = FeatureMoments.of(x[a:b] for a, b in pairwise(bounds))
-    parts = [FeatureMoments.of([x[:merge]]), FeatureMoments.of([x[merge:]])]
-    parts[0].merge(parts[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureMoments, "WAITING", waiting)
+        streamed = FeatureMoments.of(x[a:b] for a, b in pairwise(bounds))
+        parts = [FeatureMoments.of([x[:merge]]), FeatureMoments.of([x[merge:]])]
+        parts[0].merge(parts[1])
     expected = torch.from_numpy(np.cov(x.double().numpy(), rowvar=False))
     for moments in (streamed, parts[0]):
         assert moments.count == 60

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diff2to3.errors import InputError
 from diff2to3.metrics.features import build_extractor, cosine_scores
@@ -170,3 +170,33 @@ def test_cosine_scores_of_undefined_directions():
     with pytest.raises(ValueError, match="direction is not defined"):
         cosine_scores(torch.zeros(1, 4), torch.ones(1, 4))
     assert cosine_scores(torch.ones(3, 4), -torch.ones(1, 4)).tolist() == pytest.approx([-100] * 3)
+
+
+def test_published_files_are_converted(tmp_path, random_inception, random_lpips, program, capsys):
+    """From .pth in the published layouts, with what else those hold."""
+    inception = random_inception(16)
+    extra = {"fc.weight": torch.zeros(2, 2), "Conv2d_1a_3x3.bn.num_batches_tracked": torch.tensor(3)}
+    torch.save(inception | extra, tmp_path / "i.pth")
+    main = program("convert_weights").main
+    assert main(["inception", str(tmp_path / "i.pth"), str(tmp_path / "i.safetensors")]) == 0
+    assert set(load_file(tmp_path / "i.safetensors")) == set(inception)
+    weights = random_lpips("alex", 16)
+    backbone = {k.replace("net.", "features."): v for k, v in weights.items() if k.startswith("net.")}
+    torch.save(backbone | {"classifier.1.weight": torch.zeros(2)}, tmp_path / "b.pth")
+    linear = {f"lin{k}.model.1.weight": weights[f"lin.{k}.weight"] for k in range(5)}
+    torch.save(linear, tmp_path / "l.pth")
+    files = [str(tmp_path / name) for name in ("b.pth", "l.pth", "l.safetensors")]
+    assert main(["lpips", "--net", "alex", *files]) == 0
+    images = pictures(2, 64)
+    expected = Lpips(weights, "alex")(images, images.flip(0))
+    torch.testing.assert_close(Lpips.load(files[2], "alex")(images, images.flip(0)), expected)
+    capsys.readouterr()
+    for words in (
+        ["inception", files[0], files[2]],
+        ["lpips", files[1], files[1], files[2]],
+        ["inception", "no", "x"],
+    ):
+        assert main(words) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    torch.save({"a": np.zeros}, tmp_path / "code.pth")  # a function: nothing is executed
+    assert main(["inception", str(tmp_path / "code.pth"), "x"]) == 2
