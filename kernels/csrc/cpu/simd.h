@@ -124,7 +124,7 @@ template <int N>
 D23_FN GenericPack<float, N> exp2_(const GenericPack<float, N>& a) {
   GenericPack<float, N> r;
   for (int i = 0; i < N; ++i) {
-    const float x = a.v[i] < -126.0f ? -126.0f : (a.v[i] > 126.0f ? 126.0f : a.v[i]);
+    const float x = a.v[i] > -126.0f ? (a.v[i] < 126.0f ? a.v[i] : 126.0f) : -126.0f;  // NaN becomes -126
     const int32_t n = static_cast<int32_t>(x + (x < 0 ? -0.5f : 0.5f));
     const float f = x - static_cast<float>(n);
     float p = D23_EXP2_C5 * f + D23_EXP2_C4;
