@@ -211,6 +211,16 @@ def weight_grad_op(feats, v_out, table, workspace, backend):  # type: ignore[no-
     return grad
 
 
+@torch.library.custom_op("diff2to3::row_sum", mutates_args=(), schema="(Tensor feats, str backend) -> Tensor")
+def row_sum_op(feats, backend):  # type: ignore[no-untyped-def]
+    """Σ_n feats[n]: [N, C] -> [C], the gradient of a bias."""
+    if feats.dtype in HALF_TYPES or backend == "reference" or on_cuda_kernels(feats, backend):
+        return feats.sum(0)
+    out = feats.new_empty(feats.shape[1])
+    call(f"row_sum_{suffix(feats)}", feats.contiguous(), out, *feats.shape, device=feats.device)
+    return out
+
+
 def gather_conv(
     feats: Tensor,
     weight: Tensor,
@@ -270,6 +280,11 @@ def _(feats, v_out, table, workspace, backend):  # type: ignore[no-untyped-def]
     return feats.new_empty(v_out.shape[1], table.shape[0], feats.shape[1])
 
 
+@row_sum_op.register_fake
+def _(feats, backend):  # type: ignore[no-untyped-def]
+    return feats.new_empty(feats.shape[1])
+
+
 # ---- gradients ----
 
 
@@ -291,7 +306,7 @@ def gradients(ctx, v_out, v_feats_op, weight_grad):  # type: ignore[no-untyped-d
         if ctx.adjoint:
             v_weight = v_weight.transpose(0, 2)
     if ctx.has_bias and ctx.needs_input_grad[2]:
-        v_bias = v_out.sum(0)
+        v_bias = row_sum_op(v_out, ctx.backend)
     return v_feats, v_weight, v_bias, *(None,) * (len(tables) + 3)
 
 

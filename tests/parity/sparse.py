@@ -257,6 +257,7 @@ def op_checks(generator: torch.Generator) -> Iterator[tuple[str, bool]]:
             (patchify.patch_tables, (coords, 2, backend), 0),
             (patchify.patch_sum, (random(n, 3), *tables[:2], scale, backend), 1),
             (patchify.patch_copy, (random(m, 3), *tables[:2], scale, backend), 1),
+            (sparse_conv.row_sum_op, (random(n, 3).detach(), backend), 0),
             (
                 sparse_conv.weight_grad_op,
                 (random(n, 3).detach(), random(n, 2).detach(), neighbor.table, 1 << 20, backend),
