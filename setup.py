@@ -95,7 +95,10 @@ packages = find_packages(str(ROOT), include=["diff2to3", "diff2to3.*"])
 setup(
     packages=[*packages, "diff2to3.kernels"],
     package_dir={"diff2to3": "diff2to3", "diff2to3.kernels": "kernels"},
-    package_data={"diff2to3.kernels": ["csrc/*.h", "csrc/*/*"], "diff2to3": ["py.typed"]},
+    package_data={
+        "diff2to3.kernels": ["csrc/*.h", "csrc/*/*"],
+        "diff2to3": ["py.typed", "**/*.yaml", "**/*.json", "**/*.safetensors"],
+    },
     include_package_data=False,
     cmdclass={"build": FreshBuild, "build_py": BuildWithKernels, "bdist_wheel": PlatformWheel},
     distclass=BinaryDistribution,

@@ -23,6 +23,7 @@ import torch
 
 import diff2to3
 from diff2to3.kernels import build, cache, library
+from diff2to3.nn.attention import torch_varlen
 
 STATUSES = OK, MISSING, BROKEN, INFO = "ok", "missing", "broken", "info"
 
@@ -77,6 +78,12 @@ PACKAGES = (
     Package("embreex", "ray casting", extra("data")),
     Package("scipy", "nearest neighbours", extra("data")),
     Package("objaverse", "Objaverse-XL downloads", extra("data")),
+    Package("DracoPy", "compressed glTF", extra("data")),
+    Package("meshoptimizer", "compressed glTF", extra("data")),
+    Package("ray", "preparing data on a cluster", 'pip install "ray[default]"'),
+    Package("huggingface_hub", "downloads of models", extra("flux"), ("huggingface-hub",)),
+    Package("rembg", "background removal", 'pip install "rembg[cpu]"'),
+    Package("imageio_ffmpeg", "films of turntables", extra("video"), ("imageio-ffmpeg",)),
     Package("wandb", "experiment tracking", extra("wandb")),
     Package("bpy", "Blender as a renderer", "pip install bpy   (each release supports one Python version)"),
     Package("kaolin", "mesh and volume tools", "see kaolin_hint"),
@@ -258,13 +265,41 @@ def kaolin_hint() -> str:
 
 # ---- what each op will use ----
 
+#: Ops on the project's own kernels, with the packages that can be asked for by name instead.
+KERNEL_OPS = {
+    "rasterize": ("gsplat",),
+    "patchify": (),
+    "neighbour maps": (),
+    "sparse convolution": ("spconv",),
+}
+ATTENTION_PACKAGES = ("xformers", "flash_attn")
+
 
 def backends() -> Iterator[Check]:
-    """The backend that each op uses with ``backend="auto"``, for every device of this machine."""
+    """What ``backend="auto"`` means for each op on the devices of this machine, and what else can be named."""
     names = ["cpu"]
     names += ["cuda"] if torch.cuda.is_available() else []
     names += ["mps"] if torch.backends.mps.is_available() else []
     chosen = {name: library.resolve_backend("auto", torch.device(name), torch.float32) for name in names}
-    for name, backend in chosen.items():
-        note = "compiled kernel" if backend == "native" else "PyTorch reference, slow"
-        yield Check("backends", name, OK if backend == "native" else INFO, f"{backend} ({note})")
+    status = OK if set(chosen.values()) == {"native"} else INFO
+    text = ", ".join(f"{name}: {backend}{note(name, backend)}" for name, backend in chosen.items())
+    for op, others in KERNEL_OPS.items():
+        yield Check("backends", op, status, f"{text}; by name: {by_name('native', 'reference', *others)}")
+    varlen = "cuda" in names and torch_varlen() is not None
+    text = ", ".join(f"{name}: sdpa" for name in names) + (
+        ", half precision on cuda: varlen" if varlen else ""
+    )
+    yield Check("backends", "attention", OK, f"{text}; by name: {by_name('sdpa', *ATTENTION_PACKAGES)}")
+
+
+def note(device: str, backend: str) -> str:
+    if backend == "reference":
+        return " (PyTorch, slow)"
+    return f" ({library.variant_name()})" if device == "cpu" else ""
+
+
+def by_name(*choices: str) -> str:
+    """The choices, packages that are absent marked so."""
+    known = {package.module: package for package in PACKAGES}
+    missing = {name for name in choices if name in known and version_of(known[name]) is None}
+    return ", ".join(f"{name} (not installed)" if name in missing else name for name in choices)

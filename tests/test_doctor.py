@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,13 +46,18 @@ def test_everything_missing_has_a_fix(
     expected = {"C++ compiler", "CPU kernels", "nvcc", "CUDA GPU"}
     assert missing >= expected | {package.module for package in doctor.PACKAGES}
     assert all(check.fix for check in checks if check.status == doctor.MISSING)
-    assert all(
-        "reference" in check.value
-        for check in checks
-        if check.section == "backends" and "kernel" in check.name
-    )
+    assert all("cpu: reference" in check.value for check in checks if check.name in doctor.KERNEL_OPS)
     text = report(capsys)
     assert 'pip install "diff2to3[flux]"' in text and 'pip install "diff2to3[nvcc]"' in text
+
+
+def test_every_optional_import_of_the_package_is_listed() -> None:
+    folder = Path(doctor.__file__).parent
+    code = "\n".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.py"))
+    lazy = set(re.findall(r"^ +(?:import|from) (\w+)", code, re.MULTILINE)) - set(sys.stdlib_module_names)
+    required = {"torch", "numpy", "einops", "omegaconf", "PIL", "safetensors", "tqdm", "yaml", "diff2to3"}
+    part_of_others = {"mathutils"}  # Blender's
+    assert lazy - required - part_of_others <= {package.module for package in doctor.PACKAGES}
 
 
 def make_package(folder: Path, name: str, version: str, code: str) -> None:

@@ -93,7 +93,9 @@ def test_wheel_serves_every_python_on_this_platform(wheel: Path) -> None:
 def test_wheel_has_sources_and_libraries_and_nothing_else(wheel: Path, checkout: Path) -> None:
     files = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
     inside = {path.relative_to("diff2to3") for path in files if path.parts[0] == "diff2to3"}
-    sources = {p.relative_to(checkout / "diff2to3") for p in (checkout / "diff2to3").rglob("*.py")}
+    sources = {
+        p.relative_to(checkout / "diff2to3") for p in (checkout / "diff2to3").rglob("*") if p.is_file()
+    }
     for path in (checkout / "kernels").rglob("*"):
         if path.suffix in (".py", ".h", ".cpp", ".cu"):
             sources.add("kernels" / path.relative_to(checkout / "kernels"))

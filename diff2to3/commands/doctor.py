@@ -41,7 +41,7 @@ def as_text(checks: list[doctor.Check]) -> str:
         if check.section != section:
             section = check.section
             lines += ["", section] if lines else [section]
-        lines.append(f"  {MARKS[check.status]}  {check.name:<15} {check.value}".rstrip())
+        lines.append(f"  {MARKS[check.status]}  {check.name:<18} {check.value}".rstrip())
         if check.fix:
-            lines.append(f"{'':<22}fix: {check.fix}")
+            lines.append(f"{'':<25}fix: {check.fix}")
     return "\n".join(lines)
