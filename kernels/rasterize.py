@@ -12,7 +12,7 @@ csrc/cuda/rasterize.cu.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ def rasterize(
         )[:2]
     else:
         for name, tensor in zip(
-            ("means", "quats", "scales", "opacities", "sh or colors"), args, strict=False
+            BAD_ARGUMENTS.values(), (means, quats, scales, opacities, features), strict=True
         ):
             check_finite(name, tensor)
         picture, alphas = rasterize_reference(*args, settings)
@@ -166,7 +166,8 @@ def blending_weights(
     height, width = masks.shape[1:3]
     with torch.enable_grad():
         fixed = [t.detach() for t in (means, quats, scales, opacities, viewmats, Ks)]
-        picture = rasterize(*fixed, width, height, colors=ones, **settings).colors  # type: ignore[arg-type]
+        size: list[Any] = [width, height]
+        picture = rasterize(*fixed, *size, colors=ones, **settings).colors  # type: ignore[arg-type]
         (weights,) = torch.autograd.grad(picture, ones, stacked.to(picture))
     return weights
 
@@ -329,10 +330,10 @@ def raise_bad(flags: int) -> None:
     device_types=("cpu", "cuda"),
     schema=f"({SCENE_SCHEMA}, {SETTINGS_SCHEMA}) -> (Tensor picture, Tensor alphas, {STATE_SCHEMA})",
 )
-def rasterize_forward(
+def rasterize_forward(  # type: ignore[no-untyped-def]
     means, quats, scales, opacities, features, viewmats, campos, Ks, backgrounds, width, height, sh_degree,
     with_depth, eps2d, antialiased, near_plane, max_alpha, alpha_threshold, transmittance_stop,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Picture [V, H, W, C], alphas [V, H, W], and what the backward pass needs (STATE_NAMES)."""
     g, v, device = means.shape[0], viewmats.shape[0], means.device
     channels = num_channels(features, sh_degree) + int(with_depth)
@@ -362,19 +363,22 @@ def rasterize_forward(
     last_ids = torch.empty(v, height, width, dtype=torch.int32, device=device)
     source, stride = color_source(features, view_colors, g)
     lists = v * num_tiles(width, height)
+    for_gpu: tuple[int | Tensor, ...] = ()
+    if on_gpu:
+        for_gpu = (pairs, scratch("raster_blend_f32", pairs, lists, device=device))
     call(
         f"raster_blend_{name}", *scene, splats, depths, source, stride, offsets, backgrounds, max_alpha,
         transmittance_stop, ids, tile_offsets, picture, alphas, transmittance, last_ids,
-        *([pairs, scratch("raster_blend_f32", pairs, lists, device=device)] if on_gpu else []), device=device,
+        *for_gpu, device=device,
     )  # fmt: skip
     return picture, alphas, transmittance, last_ids, splats, view_colors, offsets, ids, tile_offsets
 
 
 @rasterize_forward.register_fake
-def _(
+def _(  # type: ignore[no-untyped-def]
     means, quats, scales, opacities, features, viewmats, campos, Ks, backgrounds, width, height, sh_degree,
     with_depth, eps2d, antialiased, near_plane, max_alpha, alpha_threshold, transmittance_stop,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     g, v = means.shape[0], viewmats.shape[0]
     channels = num_channels(features, sh_degree) + int(with_depth)
     pairs = torch.library.get_ctx().new_dynamic_size()
@@ -400,11 +404,11 @@ def _(
     schema=f"(Tensor v_picture, Tensor? v_alphas, {SCENE_SCHEMA}, {STATE_SCHEMA}, {SETTINGS_SCHEMA}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def rasterize_backward(
+def rasterize_backward(  # type: ignore[no-untyped-def]
     v_picture, v_alphas, means, quats, scales, opacities, features, viewmats, campos, Ks, backgrounds, transmittance,
     last_ids, splats, view_colors, offsets, ids, tile_offsets, width, height, sh_degree, with_depth, eps2d,
     antialiased, near_plane, max_alpha, alpha_threshold, transmittance_stop,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Gradients of means, quats, scales, opacities, features, viewmats and campos, in their shapes."""
     g, v = means.shape[0], viewmats.shape[0]
     scene = scene_args(
