@@ -42,7 +42,7 @@ def install(file: Path, patch: Any) -> ctypes.CDLL:
     emulated = ctypes.CDLL(str(file))
     patch.setattr(library, "target", lambda device: "cuda" if device.type == "cpu" else None)
     patch.setattr(library, "library_for", lambda device: emulated)
-    for name in ("neighbors", "patchify", "rasterize", "sparse_conv"):
+    for name in ("neighbors", "patchify", "rasterize", "sparse_products"):
         module = getattr(__import__(f"diff2to3.kernels.{name}").kernels, name)
         if hasattr(module, "target"):
             patch.setattr(module, "target", library.target)

@@ -257,21 +257,18 @@ def op_checks(generator: torch.Generator) -> Iterator[tuple[str, bool]]:
             (patchify.patch_tables, (coords, 2, backend), 0),
             (patchify.patch_sum, (random(n, 3), *tables[:2], scale, backend), 1),
             (patchify.patch_copy, (random(m, 3), *tables[:2], scale, backend), 1),
-            (sparse_conv.row_sum_op, (random(n, 3).detach(), backend), 0),
-            (
-                sparse_conv.weight_grad_op,
-                (random(n, 3).detach(), random(n, 2).detach(), neighbor.table, 1 << 20, backend),
-                0,
-            ),
         ]
-        for adjoint in (False, True):
-            weight = random(4, 27, 3) if not adjoint else random(3, 27, 4)
-            args = (random(n, 3), weight, random(4), neighbor.table, adjoint, 1 << 20, backend)
-            calls.append((sparse_conv.submanifold_conv_op, args, 3))
-            for op, rows in ((sparse_conv.patch_conv_op, n), (sparse_conv.unpatch_conv_op, m)):
-                weight = random(4, 8, 3) if not adjoint else random(3, 8, 4)
-                args = (random(rows, 3), weight, random(4), *tables, adjoint, 1 << 20, backend)
-                calls.append((op, args, 3))
+        for kind, rows, outs, taps, given in (
+            ("submanifold", n, n, 27, (neighbor.table, None, None)),
+            ("patch", n, m, 8, tables),
+            ("unpatch", m, n, 8, tables),
+        ):
+            feats, weight, bias = random(rows, 3), random(4, taps, 3), random(4)
+            settings = (kind, 1 << 20, backend)
+            calls.append((sparse_conv.sparse_conv, (feats, weight, bias, *given, *settings), 3))
+            inputs = [random(outs, 4).detach(), feats.detach(), weight.detach(), *given]
+            for needed in ([True, True, True], [False, True, False]):
+                calls.append((sparse_conv.sparse_conv_backward, (*inputs, needed, *settings), 0))
         for op, args, num_inputs in calls:
             name = f"{op._qualname:34} {backend:9}"
             yield check(f"opcheck   {name}", lambda op=op, args=args: torch.library.opcheck(op, args))
