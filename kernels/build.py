@@ -60,7 +60,8 @@ def cpu_variants() -> dict[str, list[str]]:
     if platform.machine().lower() in ("x86_64", "amd64"):
         avx2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
         avx512 = [*avx2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"]
-        return {"baseline": [], "avx2": avx2, "avx512": avx512}
+        # The baseline serves machines without AVX2; -O2 keeps the widest code there is from taking the longest.
+        return {"baseline": ["-O2"], "avx2": avx2, "avx512": avx512}
     return {"baseline": []}  # on 64-bit Arm the baseline already is NEON
 
 
@@ -204,7 +205,9 @@ def compile_objects(jobs: Sequence[tuple[Sequence[str], Path]]) -> str:
 def build_cpu(folder: Path, compiler: str | None = None, extra: Sequence[str] = ()) -> str:
     """Compile the CPU kernels into ``folder``, one library per instruction set; returns warnings."""
     compiler = compiler or find_compiler()
-    sources = sorted((SOURCES / "cpu").glob("*.cpp"))
+    sources = sorted(
+        (SOURCES / "cpu").glob("*.cpp"), key=lambda path: -path.stat().st_size
+    )  # long jobs first
     position_independent = [] if sys.platform == "win32" else ["-fPIC", "-pthread"]
     flags = [*CPU_FLAGS, *position_independent, *extra, f"-I{SOURCES}"]
     link = [compiler, "-shared", *extra]
@@ -215,9 +218,9 @@ def build_cpu(folder: Path, compiler: str | None = None, extra: Sequence[str] = 
             name: [Path(scratch) / f"{name}_{source.stem}.o" for source in sources] for name in cpu_variants()
         }
         jobs = [
-            ([compiler, *flags, *variant_flags, "-c", str(source)], output)
+            ([compiler, *flags, *variant_flags, "-c", str(source)], objects[name][i])
+            for i, source in enumerate(sources)
             for name, variant_flags in cpu_variants().items()
-            for source, output in zip(sources, objects[name], strict=True)
         ]
         warnings = compile_objects(jobs)
         for name, parts in objects.items():
