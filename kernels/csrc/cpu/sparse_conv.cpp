@@ -14,11 +14,12 @@
 namespace d23 {
 namespace {
 
-constexpr int64_t kChunkRows = 256;  // outputs a thread works on at once; they stay in its L2 cache
-constexpr int64_t kDepth = 64;       // channels of a weight panel, which stays in L1
-constexpr int64_t kBlockPanels = 4;  // panels of output channels of one piece of work
-constexpr int64_t kPairs = 64;       // pairs of rows, likewise in L1, that a gradient tile sums over
-constexpr int64_t kGroupTaps = 9;    // taps whose gradients are summed together: the nine of equal x share rows
+constexpr int64_t kChunkRows = 256;         // outputs a thread works on at once; they stay in its L2 cache
+constexpr int64_t kDepth = 64;              // channels of a weight panel, which stays in L1
+constexpr int64_t kBlockPanels = 4;         // panels of output channels of one piece of work
+constexpr int64_t kPairs = 64;              // pairs of rows, likewise in L1, that a gradient tile sums over
+constexpr int64_t kGroupTaps = 9;           // taps of one piece of a gradient: the nine of equal x share rows
+constexpr int64_t kWorthThreads = 1 << 16;  // numbers to copy that are worth waking another thread for
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -121,6 +122,7 @@ struct Forward {
   static void pack(const T* weight, WeightStrides s, int64_t taps, int64_t cin, int64_t cout, T* packed,
                    int64_t threads) {
     const int64_t padded = S::padded(cout);
+    if (taps * padded * cin < kWorthThreads) threads = 1;
     parallel_for(taps, 1, threads, [&](int64_t tap, int64_t) {
       for (int64_t col0 = 0; col0 < padded; col0 += S::cols) {
         const int64_t width = std::min<int64_t>(S::cols, padded - col0);
