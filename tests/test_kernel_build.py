@@ -226,9 +226,9 @@ def test_code_flags_fall_back_to_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cuda_warnings_and_spills_are_found() -> None:
     output = """
-ptxas info    : Compiling entry function '_Z13blend_forwardv' for 'sm_90'
+ptxas info    : Compiling entry function '_Z20blend_forward_kernelILi3EEvv' for 'sm_90'
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Compiling entry function '_Z14blend_backwardv' for 'sm_90'
+ptxas info    : Compiling entry function '_Z21blend_backward_kernelILi3EEvv' for 'sm_90'
     8 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
 ptxas info    : Compiling entry function '_Z6sortedv' for 'sm_90'
     8 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
