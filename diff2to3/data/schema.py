@@ -8,7 +8,7 @@ from diff2to3.config import MISSING
 from diff2to3.views.cameras import CameraConfig
 from diff2to3.views.config import RenderConfig
 from diff2to3.voxels.aggregate import MODES
-from diff2to3.voxels.providers import PROVIDERS
+from diff2to3.voxels.providers import PROVIDERS, SURFACE
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -63,7 +63,7 @@ class ViewSetConfig:
 class FeatureSetConfig:
     """One set of features on the active voxels.
 
-    provider          see diff2to3.voxels.providers
+    provider          see diff2to3.voxels.providers; or "surface": see diff2to3.voxels.surface
     weights           local file or folder, or hub name; null for the published ones
     offline           never open a connection
     dtype, device     of the encoder; device "auto" takes a GPU where there is one
@@ -92,7 +92,7 @@ class FeatureSetConfig:
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("provider", self.provider, tuple(PROVIDERS)),
+            ("provider", self.provider, (*PROVIDERS, SURFACE)),
             *(("modes", mode, MODES) for mode in self.modes),
             ("dtype", self.dtype, DTYPES),
             ("device", self.device, DEVICES),
@@ -101,6 +101,8 @@ class FeatureSetConfig:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         if not self.modes or len(set(self.modes)) < len(self.modes):
             raise ValueError(f"modes: expected one or more different ones, got {self.modes}")
+        if self.provider == SURFACE and list(self.modes) != ["visible"]:
+            raise ValueError(f"modes: provider surface has only 'visible', got {self.modes}")
         if self.view_chunk < 1:
             raise ValueError(f"view_chunk: expected a positive number, got {self.view_chunk}")
 

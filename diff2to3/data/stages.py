@@ -30,6 +30,7 @@ from diff2to3.data.shards import Part
 from diff2to3.data.source import AssetSource
 from diff2to3.data.store import StoredAsset
 from diff2to3.errors import InputError
+from diff2to3.voxels.providers import SURFACE
 
 
 class Clock:
@@ -182,6 +183,8 @@ class FeatureStage:
     def setup(self, slot: int) -> None:
         from diff2to3.voxels.providers import build_provider
 
+        if self.chosen.provider == SURFACE:  # no network: pixels go straight to voxels
+            return
         self.provider = build_provider(
             self.chosen.provider,
             self.config.weights_of(self.item),
@@ -192,25 +195,31 @@ class FeatureStage:
         )
 
     def process(self, asset: PlannedAsset, inputs: Mapping[str, StoredAsset], clock: Clock) -> Part:
-        from diff2to3.voxels.aggregate import lift, weigh_views
+        from diff2to3.voxels.lift import lift_features
 
         chosen = self.chosen
         with clock("read"):
             views = inputs[self.inputs[0]].views(depths="visible" in chosen.modes)
             coords = inputs[self.inputs[1]].coords()
         with clock("lift"):
-            weightings = [
-                weigh_views(views, coords, chosen.resolution, mode, chosen.depth_tolerance)
-                for mode in chosen.modes
-            ]
-            lifted = lift(views, self.provider, weightings, chosen.background, chosen.view_chunk)
+            lifted = lift_features(
+                views,
+                coords,
+                chosen.resolution,
+                self.provider,
+                chosen.modes,
+                depth_tolerance=chosen.depth_tolerance,
+                background=chosen.background,
+                view_chunk=chosen.view_chunk,
+            )
         members = {}
-        for mode, feats, weighting in zip(chosen.modes, lifted, weightings, strict=True):
-            if not bool(torch.isfinite(feats).all()):
+        for mode, features in zip(chosen.modes, lifted, strict=True):
+            if not bool(torch.isfinite(features.feats).all()):
                 raise InputError("features are not finite")
-            stored = {"feats": feats.to(torch.float16), "num_views": weighting.num_views.to(torch.int16)}
+            num_views = features.num_views.clamp(max=32767).to(torch.int16)
+            stored = {"feats": features.feats.to(torch.float16), "num_views": num_views}
             members[f"{mode}.safetensors"] = save_tensors(stored)
-        channels = int(lifted[0].shape[1])
+        channels = int(lifted[0].feats.shape[1])
         return Part(members, {"resolution": chosen.resolution, "channels": channels, "modes": chosen.modes})
 
 

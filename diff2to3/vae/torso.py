@@ -55,6 +55,12 @@ class Torso(nn.Module):
         """Run the blocks in ``dtype``; input and output layers stay as they are."""
         cast_torso([self.blocks], dtype)
 
+    @property
+    def plan_key(self) -> tuple[object, ...]:
+        """Networks of equal keys can share a plan."""
+        c = self.torso_config
+        return (c.block, c.attention, c.window, c.conv_kernel)
+
     def plan(self, voxels: SparseVoxels) -> TorsoPlan:
         """Build the plans of ``voxels``, for all blocks (and for all networks over the same voxels)."""
         c = self.torso_config

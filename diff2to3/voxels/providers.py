@@ -242,6 +242,9 @@ def _load_tiny(source: str, filename: str, channels: int, offline: bool) -> _Net
 
 
 #: name -> loader of (weights, offline)
+#: The feature set that is no image encoder: statistics of the pixels in each voxel (diff2to3.voxels.surface).
+SURFACE = "surface"
+
 PROVIDERS: dict[str, Callable[[str | None, bool], Any]] = {
     "flux": _load_flux,
     "taef1": _load_taef1,
