@@ -65,3 +65,97 @@ class LatentDiTConfig(DiTConfig):
             )
         if self.io_channels and self.num_io_blocks < 1:
             raise ValueError(f"num_io_blocks: expected at least 1, got {self.num_io_blocks}")
+
+
+#: Where tokens know their position from: nowhere, an absolute embedding, or rotary positions shared by voxels
+#: and image (P3.2).
+POSITIONS = ("none", "ape", "marope")
+IO_KERNELS = ("cube", "cross")
+
+
+@dataclass(frozen=True)
+class SMDiTConfig:
+    """SMDiT (P3.2) on a dense grid (stage 1). The defaults are ``large``.
+
+    patch_size        cells a voxel token spans on each axis
+    image_channels    of the condition image's latents
+    image_patch_size  latent pixels an image token spans on each axis
+    num_double        blocks with separate weights for voxels and image
+    num_single        blocks on both as one sequence
+    position          none, ape or marope
+    rope_theta        base of the rotary frequencies
+    share_modulation  one modulation for all blocks, with an offset of each block's own
+    """
+
+    resolution: int = 16
+    in_channels: int = 8
+    out_channels: int = 8
+    width: int = 1024
+    image_channels: int = 16
+    image_patch_size: int = 2
+    num_double: int = 8
+    num_single: int = 16
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    patch_size: int = 1
+    position: str = "marope"
+    rope_theta: float = 10000.0
+    share_modulation: bool = False
+    qk_rms_norm: bool = True
+    attention_backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        positive = ("resolution", "in_channels", "out_channels", "width", "image_channels", "num_heads")
+        for name in (*positive, "image_patch_size", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.num_double < 0 or self.num_single < 0:
+            raise ValueError("num_double, num_single: expected no negative number")
+        if self.width % self.num_heads:
+            raise ValueError(f"num_heads: {self.num_heads} does not divide width {self.width}")
+        if self.resolution % self.patch_size:
+            raise ValueError(f"patch_size: {self.patch_size} does not divide resolution {self.resolution}")
+        if self.position not in POSITIONS:
+            raise ValueError(f"position: expected one of {', '.join(POSITIONS)}, got {self.position!r}")
+        if self.position == "marope" and (self.width // self.num_heads) % 2:
+            raise ValueError(f"num_heads: rotary positions need an even width a head, got {self.num_heads}")
+
+    @property
+    def grid(self) -> int:
+        """Voxel tokens on each axis."""
+        return self.resolution // self.patch_size
+
+    @property
+    def image_width(self) -> int:
+        """Channels of an image token before the network: 16 × 2² = 64 at ``large``."""
+        return self.image_channels * self.image_patch_size**2
+
+
+@dataclass(frozen=True)
+class LatentSMDiTConfig(SMDiTConfig):
+    """SMDiT on sparse voxels (stage 2): residual convolutions take them to tokens and back.
+
+    io_channels, num_io_blocks, skip_connection  as in :class:`LatentDiTConfig`
+    reduce     how voxels become a token: mean, sum or mean_with_zero
+    io_kernel  of the convolutions: "cube" (27 taps) or "cross" (7)
+    """
+
+    resolution: int = 64
+    patch_size: int = 2
+    io_channels: list[int] = field(default_factory=lambda: [128])
+    num_io_blocks: int = 2
+    skip_connection: bool = True
+    reduce: str = "mean"
+    io_kernel: str = "cube"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 2 ** len(self.io_channels) != self.patch_size:
+            raise ValueError(
+                f"io_channels: patch_size {self.patch_size} needs log2 of it as many levels, "
+                f"got {list(self.io_channels)}"
+            )
+        if self.io_channels and self.num_io_blocks < 1:
+            raise ValueError(f"num_io_blocks: expected at least 1, got {self.num_io_blocks}")
+        if self.io_kernel not in IO_KERNELS:
+            raise ValueError(f"io_kernel: expected one of {', '.join(IO_KERNELS)}, got {self.io_kernel!r}")

@@ -10,7 +10,6 @@ Parameter names and shapes are those of the released checkpoints.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,13 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diff2to3.flow.config import DiTConfig, LatentDiTConfig
-from diff2to3.kernels.neighbors import NeighborPlan, neighbor_plan
-from diff2to3.kernels.patchify import PatchPlan, patch_plan
+from diff2to3.flow.pyramid import Level, ascend, build_levels, descend, input_blocks, output_blocks
 from diff2to3.nn.attention import AttentionHooks
 from diff2to3.nn.embeddings import TimestepEmbedder, absolute_position_embedding
 from diff2to3.nn.precision import cast_torso, torso_dtype
 from diff2to3.nn.sequences import SequencePlan
-from diff2to3.nn.sparse_blocks import SparseResBlock
 from diff2to3.nn.transformer import (
     ModulatedCrossBlock,
     final_norm,
@@ -193,17 +190,6 @@ def to_grid(tokens: Tensor, p: int, size: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Level:
-    """One resolution of the sparse pyramid: its voxels' neighbours and batch items, and the patches they form
-    for the next (coarser) level; the last level has none.
-    """
-
-    neighbors: NeighborPlan | None
-    batch_index: Tensor | None
-    patches: PatchPlan | None
-
-
-@dataclass(frozen=True)
 class LatentPlan:
     """All that depends on coordinates only: levels from voxels to tokens, token coordinates, attention."""
 
@@ -226,16 +212,8 @@ class LatentDiT(DiT):
         c = config
         widths = [*c.io_channels, c.width]
         self.input_layer = nn.Linear(c.in_channels, widths[0])
-        self.input_blocks, self.out_blocks = nn.ModuleList(), nn.ModuleList()
-        for width, coarser in itertools.pairwise(widths):
-            for _ in range(c.num_io_blocks - 1):
-                self.input_blocks.append(SparseResBlock(width, width, c.width))
-            self.input_blocks.append(SparseResBlock(width, coarser, c.width, "down", c.reduce))
-        double = 2 if c.skip_connection else 1
-        for width, coarser in zip(widths[-2::-1], widths[:0:-1], strict=True):
-            self.out_blocks.append(SparseResBlock(double * coarser, width, c.width, "up"))
-            for _ in range(c.num_io_blocks - 1):
-                self.out_blocks.append(SparseResBlock(double * width, width, c.width))
+        self.input_blocks = input_blocks(widths, c.num_io_blocks, c.width, c.reduce)
+        self.out_blocks = output_blocks(widths, c.num_io_blocks, c.width, c.skip_connection)
         self.out_layer = nn.Linear(widths[0], c.out_channels)
         self.initialize(self.out_layer)
 
@@ -244,16 +222,8 @@ class LatentDiT(DiT):
 
     def plan(self, voxels: SparseVoxels, cond_length: int) -> LatentPlan:
         """For these voxels and conditions of one length; reusable over all steps and both guidance passes."""
-        coords, levels = voxels.coords, []
-        single = voxels.batch_size == 1
-        for _ in self.config.io_channels:
-            batch_index = None if single else coords[:, 0].long()
-            patches = patch_plan(coords, 2)
-            levels.append(Level(neighbor_plan(coords), batch_index, patches))
-            coords = patches.coords
-        batch_index = None if single else coords[:, 0].long()
-        neighbors = neighbor_plan(coords) if levels else None
-        levels.append(Level(neighbors, batch_index, None))
+        levels, coords = build_levels(voxels.coords, len(self.config.io_channels), voxels.batch_size)
+        batch_index = levels[-1].batch_index
         lengths = torch.bincount(coords[:, 0], minlength=voxels.batch_size).tolist()
         context = [cond_length] * voxels.batch_size
         tokens = TokenPlan(
@@ -261,7 +231,7 @@ class LatentDiT(DiT):
             SequencePlan.from_lengths(lengths, context, device=coords.device),
             batch_index,
         )
-        return LatentPlan(tuple(levels), coords, tokens)
+        return LatentPlan(levels, coords, tokens)
 
     def forward(
         self,
@@ -277,32 +247,9 @@ class LatentDiT(DiT):
         embedded = self.t_embedder(timestep)
         dtype = self.torso_dtype
         time = embedded.to(dtype)
-        h, skips = self.to_tokens(self.input_layer(latents.feats).to(dtype), time, plan)
+        h = self.input_layer(latents.feats).to(dtype)
+        h, skips = descend(self.input_blocks, h, time, plan.levels)
         h = h + absolute_position_embedding(plan.coords[:, 1:], h.shape[1]).to(dtype)
         h = self.run_blocks(h, embedded, cond, plan.tokens, cross_hooks)
-        h = self.to_voxels(h, skips, time, plan)
+        h = ascend(self.out_blocks, h, skips, time, plan.levels, self.config.skip_connection)
         return self.out_layer(final_norm(h).to(latents.feats.dtype))
-
-    def to_tokens(self, h: Tensor, time: Tensor, plan: LatentPlan) -> tuple[Tensor, list[Tensor]]:
-        """Voxels to tokens; also every block's output, for the skip connections."""
-        skips, level = [], 0
-        for block in self.input_blocks:
-            here, patches = plan.levels[level], plan.levels[level].patches
-            if block.resample == "down":
-                level += 1
-                here = plan.levels[level]
-            h = block(h, here.neighbors, patches, time, here.batch_index)
-            skips.append(h)
-        return h, skips
-
-    def to_voxels(self, h: Tensor, skips: list[Tensor], time: Tensor, plan: LatentPlan) -> Tensor:
-        """Tokens to voxels: the mirror of :meth:`to_tokens`."""
-        level = len(plan.levels) - 1
-        for block, skip in zip(self.out_blocks, reversed(skips), strict=True):
-            if block.resample == "up":
-                level -= 1
-            here = plan.levels[level]
-            if self.config.skip_connection:
-                h = torch.cat([h, skip], 1)
-            h = block(h, here.neighbors, here.patches, time, here.batch_index)
-        return h
