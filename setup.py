@@ -97,7 +97,7 @@ setup(
     package_dir={"diff2to3": "diff2to3", "diff2to3.kernels": "kernels"},
     package_data={
         "diff2to3.kernels": ["csrc/*.h", "csrc/*/*"],
-        "diff2to3": ["py.typed", "**/*.yaml", "**/*.json", "**/*.safetensors"],
+        "diff2to3": ["py.typed", "**/*.yaml", "**/*.json", "**/*.safetensors", "bundles/*/README.md"],
     },
     include_package_data=False,
     cmdclass={"build": FreshBuild, "build_py": BuildWithKernels, "bdist_wheel": PlatformWheel},

@@ -17,6 +17,7 @@ COMMANDS = {
     "data": "make a training set from 3D files, and look at it",
     "doctor": "show what is built and found on this machine, and how to add what is missing",
     "generate": "make 3D Gaussian assets from photos or texts",
+    "reconstruct": "turn a 3D model into 3D Gaussians through the autoencoder",
     "render": "render a 3D Gaussian file from around it: a sheet, a GIF or a film",
     "models": "list the public models, their sizes and licences; check a bundle",
 }

@@ -96,17 +96,8 @@ class Scorer:
             raise InputError(f"{subject.id}: {method.name}: {error}") from error
         return AssetScore(values, {})
 
-    @torch.no_grad()
     def _pairs(self, ours: Pictures, theirs: Pictures) -> dict[str, float]:
-        x, y = ours.images, theirs.images
-        values = {"psnr": psnr(x, y), "ssim": ssim(x, y, self.rules.ssim_border)}
-        if self.lpips is not None:
-            pairs = zip(x.float().split(2), y.float().split(2), strict=True)  # VGG at 512 takes 0.4 GB a view
-            values["lpips"] = torch.cat([self.lpips(a, b) for a, b in pairs])
-        if theirs.alphas is not None:
-            values["psnr_foreground"] = foreground_psnr(x, y, theirs.alphas > 0.5)
-            values["ciede2000"] = ciede2000(x, y, theirs.alphas > 0.5)
-        return {name: _mean(v) for name, v in values.items()}
+        return pair_values(ours.images, theirs.images, theirs.alphas, self.lpips, self.rules.ssim_border)
 
     def _shape(self, subject: Subject, ours: Pictures) -> dict[str, float]:
         assert ours.gaussians is not None
@@ -139,6 +130,23 @@ class Scorer:
             else:
                 features[name] = (found.cpu(), extractor(theirs.images).cpu())
         return AssetScore(values, features)
+
+
+@torch.no_grad()
+def pair_values(
+    images: Tensor, targets: Tensor, alphas: Tensor | None, lpips: Lpips | None, ssim_border: str = "same"
+) -> dict[str, float]:
+    """Numbers between pictures [V, H, W, 3] of one object, means over views. ``alphas`` [V, H, W] of the truth say what
+    the foreground is: where the object covers a pixel by more than half.
+    """
+    values = {"psnr": psnr(images, targets), "ssim": ssim(images, targets, ssim_border)}
+    if lpips is not None:
+        pairs = zip(images.float().split(2), targets.float().split(2), strict=True)
+        values["lpips"] = torch.cat([lpips(a, b) for a, b in pairs])  # VGG at 512 takes 0.4 GB a view
+    if alphas is not None:
+        values["psnr_foreground"] = foreground_psnr(images, targets, alphas > 0.5)
+        values["ciede2000"] = ciede2000(images, targets, alphas > 0.5)
+    return {name: _mean(v) for name, v in values.items()}
 
 
 def _mean(values: Tensor) -> float:

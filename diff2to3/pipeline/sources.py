@@ -1,4 +1,4 @@
-"""Where the files of a published model are: a local folder, or a repository on the Hugging Face hub."""
+"""Where the files of a model are: within this package, in a local folder, or in a repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -9,24 +9,37 @@ from pathlib import Path
 from diff2to3.errors import InputError, MissingDependencyError
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+#: The models that come with the package, a folder each.
+EMBEDDED = Path(__file__).resolve().parents[1] / "bundles"
+
+
+def embedded_models() -> list[str]:
+    """Names of the models in this package, such as ``mini``."""
+    return sorted(path.parent.name for path in EMBEDDED.glob("*/model.json"))
 
 
 @dataclass(frozen=True)
 class Source:
-    """``name`` is a folder's path or a repository (owner/name); ``offline`` uses only what is cached here."""
+    """``name`` is that of an embedded model, a folder's path, or a repository (owner/name); ``offline`` uses only what
+    is cached here. An embedded name comes first: ``./mini`` is a folder of that name.
+    """
 
     name: str
     offline: bool = False
 
     def __post_init__(self) -> None:
         if self.folder is None and not REPOSITORY.fullmatch(self.name):
+            known = ", ".join(embedded_models()) or "none in this installation"
             raise InputError(
-                f"{self.name}: no such folder, and not the name of a hub repository (owner/name)"
+                f"{self.name}: no such folder, not an embedded model ({known}), and not the name of a hub "
+                "repository (owner/name)"
             )
 
     @property
     def folder(self) -> Path | None:
         """The local folder, or None for a repository."""
+        if self.name in embedded_models():
+            return EMBEDDED / self.name
         path = Path(self.name).expanduser()
         return path if path.is_dir() else None
 
