@@ -10,6 +10,7 @@ with the assets that have not been seen in this epoch, and never with others.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import multiprocessing
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,8 @@ class LoaderConfig:
     view_size             pixels a side that views are shrunk to (a divisor of theirs); null as stored
     depths                read depth with the views, where it is stored (not together with view_size)
     occupancy             resolutions of dense occupancy grids
-    tensors               "stage/member" -> read as it is, for stages this module does not know
+    tensors               "stage/member" to read as it is, for stages this module does not know; of several
+                          members ("stage/*.safetensors") a random one an asset
     max_voxels_per_batch  voxels a rank and step at most
     max_assets_per_batch  assets a rank and step at most; null for no limit
     max_voxels_per_asset  larger assets are left out, and counted; null for the batch's limit
@@ -255,7 +257,7 @@ class _BatchReader(Dataset[Batch]):
         grids = {
             r: torch.stack([occupancy(self.store.coords(a, r), r) for a in assets]) for r in config.occupancy
         }
-        tensors = {name: [self._tensors(asset, name) for asset in assets] for name in config.tensors}
+        tensors = {name: [self._tensors(item, name) for item in plan.items] for name in config.tensors}
         views = {name: self._views(plan, name, count) for name, count in config.views.items()}
         ids = tuple(asset.id for asset in assets)
         state = _state(plan.after, self.seed, len(self.assets))
@@ -282,9 +284,18 @@ class _BatchReader(Dataset[Batch]):
             torch.cat([v.depths for v in picked if v.depths is not None]) if self.config.depths else None,
         )
 
-    def _tensors(self, asset: PlannedAsset, name: str) -> dict[str, Tensor]:
+    def _tensors(self, item: tuple[int, int], name: str) -> dict[str, Tensor]:
+        """A member, or one of those that match, drawn from (seed, epoch, asset, name) alone."""
+        epoch, index = item
         stage, _, member = name.partition("/")
-        return self.store.open(asset, stage).tensors(member)
+        stored = self.store.open(self.assets[index], stage)
+        if "*" in member:
+            members = sorted(fnmatch.filter(stored.entry.members, member))
+            if not members:
+                raise InputError(f"{stored.tar}: {stored.entry.id} has no member {member!r}")
+            salt = [ord(c) for c in name]
+            member = str(np.random.default_rng([self.seed, epoch, index, *salt]).choice(members))
+        return stored.tensors(member)
 
 
 def _stages(root: Path, config: LoaderConfig) -> tuple[list[str], str]:

@@ -108,6 +108,46 @@ class FeatureSetConfig:
 
 
 @dataclass(frozen=True)
+class LatentSetConfig:
+    """One set of structured latents: feature sets through a trained encoder.
+
+    bundle    folder of a bundle with the network ``encoder``
+    features  the feature sets side by side that it takes, as it was trained
+    """
+
+    bundle: str = MISSING
+    features: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StructureSetConfig:
+    """One set of occupancy latents: a grid through a trained encoder.
+
+    bundle      folder of a bundle with the network ``structure_encoder``
+    resolution  of the grid
+    """
+
+    bundle: str = MISSING
+    resolution: int = 64
+
+
+@dataclass(frozen=True)
+class TokenSetConfig:
+    """One set of image latents of the views that generation is conditioned on.
+
+    bundle      folder of a bundle with the network ``image_encoder``
+    views       the view set
+    num_views   the first so many of each asset's; null for all
+    background  grey level behind the object
+    """
+
+    bundle: str = MISSING
+    views: str = "cond"
+    num_views: int | None = None
+    background: float = 0.5
+
+
+@dataclass(frozen=True)
 class LimitConfig:
     """What one asset may cost before it is given up and reported.
 
@@ -149,6 +189,9 @@ class DataConfig:
     view_sets: dict[str, ViewSetConfig] = field(default_factory=dict)
     resolutions: list[int] = field(default_factory=lambda: [64])
     features: dict[str, FeatureSetConfig] = field(default_factory=dict)
+    latents: dict[str, LatentSetConfig] = field(default_factory=dict)
+    structures: dict[str, StructureSetConfig] = field(default_factory=dict)
+    tokens: dict[str, TokenSetConfig] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -160,9 +203,10 @@ class DataConfig:
         for name in self.weights:
             if name not in PROVIDERS:
                 raise ValueError(f"weights: unknown provider {name!r}; known are {', '.join(PROVIDERS)}")
-        for name in (*self.view_sets, *self.features):
+        encodings = (*self.latents, *self.structures, *self.tokens)
+        for name in (*self.view_sets, *self.features, *encodings):
             if not name.isidentifier():
-                raise ValueError(f"{name!r}: names of view sets and features are letters, digits and _")
+                raise ValueError(f"{name!r}: names of sets are letters, digits and _")
         for name, features in self.features.items():
             views = self.view_sets.get(features.views)
             if views is None:

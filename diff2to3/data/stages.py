@@ -6,8 +6,8 @@ members.
     features_<name>  views, voxels -> <mode>.safetensors: feats float16 [N, C], num_views int16 [N]
 
 Every view set, grid and feature set is a stage of its own, so that one can be added to a dataset, or dropped
-by deleting its folder, without touching the others. A further kind (latents) is a class of the same shape and
-a line in :data:`KINDS`.
+by deleting its folder, without touching the others. A further kind is a class of the same shape and a line in
+:data:`KINDS`. What trained encoders make of these (latents) is in encodings.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save as save_tensors
 
 from diff2to3.config import config_to_dict
+from diff2to3.data.encodings import LatentStage, StructureStage, TokenStage
 from diff2to3.data.pictures import encode_depth, encode_image
 from diff2to3.data.plan import PlannedAsset
 from diff2to3.data.schema import DataConfig
@@ -178,7 +179,11 @@ class FeatureStage:
         chosen = config_to_dict(self.chosen)
         for key in ("device", "offline", "view_chunk"):  # where and how, not what
             del chosen[key]
-        return {"version": 1, **chosen, "weights": weights_fingerprint(self.config.weights_of(self.item))}
+        return {
+            "version": 1,
+            **chosen,
+            "weights": weights_fingerprint(self.config.weights_of(self.item), self.chosen.provider),
+        }
 
     def setup(self, slot: int) -> None:
         from diff2to3.voxels.providers import build_provider
@@ -224,7 +229,14 @@ class FeatureStage:
 
 
 #: kind -> class of (DataConfig, item)
-KINDS: dict[str, Any] = {"views": ViewStage, "voxels": VoxelStage, "features": FeatureStage}
+KINDS: dict[str, Any] = {
+    "views": ViewStage,
+    "voxels": VoxelStage,
+    "features": FeatureStage,
+    "latents": LatentStage,
+    "structures": StructureStage,
+    "tokens": TokenStage,
+}
 
 
 def make_stage(config: DataConfig, name: str) -> Stage:

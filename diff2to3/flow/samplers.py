@@ -5,6 +5,10 @@
     v = guided(conditional, unconditional, guidance_scale=7.5, interval=(0.5, 0.95))
     z = euler(v, noise, timesteps(25, shift=3.0))
 
+    euler            order 1, one evaluation a step
+    heun             order 2, two evaluations a step
+    adams_bashforth  order 2 or 3, one evaluation a step: it remembers the velocities of earlier steps
+
 Whoever wants to change a trajectory wraps the callable, or passes ``on_step``; nothing is subclassed.
 """
 
@@ -70,6 +74,75 @@ def euler(velocity: Velocity, noise: Tensor, times: Sequence[float], on_step: On
             changed = on_step(Step(i, num_steps, t, t_next, z, v))
             z = z if changed is None else changed
     return z
+
+
+@torch.no_grad()
+def heun(velocity: Velocity, noise: Tensor, times: Sequence[float], on_step: OnStep | None = None) -> Tensor:
+    """As :func:`euler`, with the mean of the velocities at both ends of a step (Karras et al. 2022, alg. 1)."""
+    z = noise
+    num_steps = len(times) - 1
+    for i in range(num_steps):
+        t, t_next = times[i], times[i + 1]
+        v = velocity(z, t)
+        v = (v + velocity(z - (t - t_next) * v, t_next)) / 2
+        z = z - (t - t_next) * v
+        if on_step is not None:
+            changed = on_step(Step(i, num_steps, t, t_next, z, v))
+            z = z if changed is None else changed
+    return z
+
+
+@torch.no_grad()
+def adams_bashforth(
+    velocity: Velocity,
+    noise: Tensor,
+    times: Sequence[float],
+    on_step: OnStep | None = None,
+    order: int = 2,
+) -> Tensor:
+    """As :func:`euler`, with the mean over a step of the polynomial through the last ``order`` velocities.
+
+    The first steps, and those after ``on_step`` replaced the latents, have fewer to go by. Steps may be uneven.
+    """
+    if not 1 <= order <= 4:
+        raise ValueError(f"order: expected 1 to 4, got {order}")
+    z = noise
+    past: list[tuple[float, Tensor]] = []
+    num_steps = len(times) - 1
+    for i in range(num_steps):
+        t, t_next = times[i], times[i + 1]
+        past = [(t, velocity(z, t)), *past][:order]
+        weights = multistep_weights([time for time, _ in past], t, t_next)
+        v = weights[0] * past[0][1]
+        for weight, (_, earlier) in zip(weights[1:], past[1:], strict=True):
+            v = v + weight * earlier
+        z = z - (t - t_next) * v
+        if on_step is not None:
+            changed = on_step(Step(i, num_steps, t, t_next, z, v))
+            if changed is not None:
+                z, past = changed, []
+    return z
+
+
+def multistep_weights(nodes: Sequence[float], t: float, t_next: float) -> list[float]:
+    """Weights w with Σ w_k f(nodes_k) = the mean over [t, t_next] of the polynomial through these values."""
+    weights = []
+    for k, node in enumerate(nodes):
+        # Lagrange's polynomial of this node in u = (time − t)/(t_next − t), lowest power first.
+        others = [(other - t) / (t_next - t) for j, other in enumerate(nodes) if j != k]
+        own = (node - t) / (t_next - t)
+        polynomial = [1.0]
+        for other in others:
+            shifted, scaled = [0.0, *polynomial], [-other * c for c in polynomial] + [0.0]
+            polynomial = [(a + b) / (own - other) for a, b in zip(shifted, scaled, strict=True)]
+        weights.append(sum(c / (power + 1) for power, c in enumerate(polynomial)))
+    return weights
+
+
+Sampler = Callable[..., Tensor]
+
+#: name → sampler(velocity, noise, times, on_step)
+SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun, "adams_bashforth": adams_bashforth}
 
 
 def guided(
