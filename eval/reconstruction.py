@@ -1,6 +1,6 @@
 """How well a model's 2to3-VAE gives assets back, seen from cameras that it was not given.
 
-    python eval/reconstruction.py --assets FOLDER_OR_ZIPS --split val --model mini --views 8 --resolution 256 --out results.json
+    python eval/reconstruction.py --assets FOLDER_OR_ZIPS --split val --model mini --out results.json
 
 For every asset: the model's input views are rendered and become Gaussians; these are rendered from other cameras
 (the same camera set, drawn for evaluation alone) on white and compared with the asset. Printed and in OUT: means over
@@ -13,9 +13,9 @@ assets of
     ciede2000         colour difference over the foreground's pixels
     structure_iou     of the sparse-structure VAE, where the model has one
 
-with 95 % intervals by bootstrap over assets, the same by pack, and the ten assets with the least PSNR, whose pictures are
-in OUT_worst/index.html. A killed run is continued by the same command. A broken asset is listed and counted, and does not
-stop the others. Exit code 0; 1 where no asset could be scored; 2 for bad input.
+with 95 % intervals by bootstrap over assets, the same by pack, and the ten assets with the least PSNR, whose pictures
+are in OUT_worst/index.html. A killed run is continued by the same command. A broken asset is listed and counted, and
+does not stop the others. Exit code 0; 1 where no asset could be scored; 2 for bad input.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     device = Worker().device(args.device)
     rules = reconstruction_rules(args.views, args.resolution, args.seed)
     setup = Setup(args.model, rules, None if weights == "none" else weights, str(device), args.offline)
-    lighting = load_model(setup).settings.render  # and bad weights are found before anything is rendered
+    lighting = load_model(
+        setup
+    ).settings.views.render  # and bad weights are found before anything is rendered
     rules = reconstruction_rules(args.views, args.resolution, args.seed, lighting)
     setup = Setup(setup.model, rules, setup.weights, setup.device, setup.offline)
     load_lpips(setup.weights, rules.lpips_net, setup.device)
@@ -153,7 +155,7 @@ def show_worst(
         shown.append((name, numbers, picture))
     run_items(None, save_picture, setup, items, workers=args.workers, label="pictures of the worst")
     intro = [
-        f"Model {result['model']['name']}. Rows: the asset, its reconstruction, white minus three times their difference."
+        f"Model {result['model']['name']}. Rows: asset, reconstruction, white minus three times their difference."
     ]
     write_gallery(folder / "index.html", "Reconstruction: the worst", intro, tables, shown)
     return folder / "index.html"

@@ -19,9 +19,12 @@ from diff2to3.vae.sparse_structure import StructureDecoder, StructureEncoder
 RESOLUTION = 8
 #: Small and unlit: a second for everything.
 SETTINGS = {
-    "views": {"size": 32, "num_views": 3},
+    "views": {
+        "size": 32,
+        "cameras": {"kind": "sphere", "num_views": 3},
+        "render": {"lighting": {"mode": "unlit"}, "supersample": 1},
+    },
     "features": [{"provider": "rgb"}, {"provider": "surface"}],
-    "render": {"lighting": {"mode": "unlit"}, "supersample": 1},
 }
 
 

@@ -27,6 +27,7 @@ from diff2to3.gaussians.ply import ply_bytes
 from diff2to3.pipeline.load import DTYPES
 from diff2to3.pipeline.reconstruct import Reconstruction, Reconstructor
 from diff2to3.views.cameras import CameraConfig, sample_cameras
+from diff2to3.voxels.providers import PROVIDERS
 
 DEFAULT_MODEL = "mini"
 
@@ -50,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MODEL,
         help="embedded model, folder or hub repository (default: %(default)s)",
     )
+    parser.add_argument(
+        "--weights", nargs="*", default=[], metavar="PROVIDER=PATH", help="of the model's feature providers"
+    )
     parser.add_argument("--up", choices=("auto", "y", "z"), default="auto", help="the files' upward axis")
     parser.add_argument("--offline", action="store_true", help="open no connection; use what is here")
     parser.add_argument("--device", help="cuda, cpu or mps (default: the best there is)")
@@ -64,7 +68,11 @@ def run(args: argparse.Namespace) -> int:
         load_mesh(path, up=args.up, limits=Limits()) for path, _ in jobs[:1]
     ]  # before the model is loaded
     model = Reconstructor.from_pretrained(
-        args.model, device=device, dtype=DTYPES.get(args.dtype), offline=args.offline
+        args.model,
+        device=device,
+        dtype=DTYPES.get(args.dtype),
+        offline=args.offline,
+        weights=parse_weights(args.weights),
     )
     failed = 0
     for number, (path, out) in enumerate(jobs):
@@ -83,6 +91,17 @@ def run(args: argparse.Namespace) -> int:
         seconds = sum(made.seconds.values())
         print(f"{out}: {len(made.gaussians):,} Gaussians on {len(made.latents):,} voxels in {seconds:.1f} s")
     return 2 if failed else 0
+
+
+def parse_weights(pairs: list[str]) -> dict[str, str]:
+    """PROVIDER=PATH each."""
+    found = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not equals or name not in PROVIDERS or not path:
+            raise InputError(f"--weights {pair}: expected PROVIDER=PATH, with one of {', '.join(PROVIDERS)}")
+        found[name] = path
+    return found
 
 
 def collect_jobs(paths: list[Path], out: Path) -> list[tuple[Path, Path]]:

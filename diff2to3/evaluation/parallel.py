@@ -69,8 +69,8 @@ def run_items(
     label: str,
     seconds: float = SECONDS,
 ) -> dict[str, dict[str, Any]]:
-    """``function(context, item)`` of every (id, item); id -> {"values"} or {"error"}. Those with values in ``folder`` are
-    left out, and others are added to it as they are done.
+    """``function(context, item)`` of every (id, item); id -> {"values"} or {"error"}. Those with values in
+    ``folder`` are left out, and others are added to it as they are done.
     """
     lines = {} if folder is None else folder.lines()
     done = {name: row for name, row in lines.items() if "values" in row}
@@ -149,6 +149,9 @@ def _attempt(
         return name, None, first_line(error), ""
     except WorkerError as error:
         return name, None, str(error).strip().splitlines()[-1], str(error)
+    except OSError as error:  # its process ended before it could be asked anything
+        worker.close()
+        return name, None, f"the worker's process ended ({error})", ""
 
 
 def _in_child(function: Function, context: Any, item: Any, threads: int) -> dict[str, Any]:

@@ -127,10 +127,7 @@ def markdown_table(rows: Mapping[str, Mapping[str, float]], first: str) -> str:
     """The same in Markdown."""
     keys = [key for key in COLUMNS if any(key in row for row in rows.values())]
     counted = any("num_assets" in row for row in rows.values())
-    heads = [
-        f"{COLUMNS[k][0]} {'↑' if COLUMNS[k][1] else '↓'}" if k not in ("num_voxels",) else COLUMNS[k][0]
-        for k in keys
-    ]
+    heads = [f"{COLUMNS[k][0]} {'↑' if COLUMNS[k][1] else '↓'}" for k in keys]
     lines = [[first, *(["assets"] if counted else []), *heads]]
     lines.append(["---"] * len(lines[0]))
     for name, row in rows.items():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diff2to3.checkpoint import MODEL_FILE, BundleInfo, read_bundle
-from diff2to3.config import MISSING, config_from_dict, config_to_dict
+from diff2to3.config import MISSING, config_from_dict
 from diff2to3.errors import InputError
 from diff2to3.pipeline.image_to_3d import Clock, clone
 from diff2to3.pipeline.load import Options, load_bundle_network
@@ -42,26 +42,24 @@ IMAGE_ENCODER = "image_encoder"
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """The views that features are lifted from; those of the training set ``name`` with the same ``seed``.
+    """The views that features are lifted from: those of a training set's view set ``name`` with the same ``seed``.
 
-    size         pixels a side
-    num_views    of a "sphere" camera set, with ``radius`` and ``fov_degrees``
-    seed, name   cameras are drawn from (seed, asset's name, name)
+    size        pixels a side
+    cameras     drawn from (seed, asset's name, name)
+    depths      whether the training set stored depth (here there always is)
+    render      how assets are lit
     """
 
     size: int = 256
-    num_views: int = 12
-    radius: float = 2.0
-    fov_degrees: float = 40.0
+    cameras: CameraConfig = field(default_factory=lambda: CameraConfig("sphere", num_views=12))
+    depths: bool = True
+    render: RenderConfig = field(default_factory=RenderConfig)
     seed: int = 0
     name: str = "input"
 
-    def cameras(self, asset: str) -> tuple[Tensor, Tensor]:
+    def cameras_of(self, asset: str) -> tuple[Tensor, Tensor]:
         """viewmats [V, 4, 4] and Ks [V, 3, 3] of the asset called ``asset``."""
-        config = CameraConfig(
-            "sphere", num_views=self.num_views, radius=self.radius, fov_degrees=self.fov_degrees
-        )
-        return sample_cameras(config, self.size, self.size, generator_for(self.seed, asset, self.name))
+        return sample_cameras(self.cameras, self.size, self.size, generator_for(self.seed, asset, self.name))
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,8 @@ class FeatureSettings:
 
     provider         see diff2to3.voxels.providers, or "surface"
     mode             "visible" or "mean"
-    weights          of the provider where they are not its published ones; ``mini`` takes the bundle's image encoder
+    resolution       of the grid they were lifted onto in training; the encoder's
+    weights          "published", or the hash of the file that was used in training: a record, not looked up
     stride           of the providers rgb and rgb_stats
     dtype            of the provider's arithmetic
     depth_tolerance, background   see diff2to3.voxels.aggregate
@@ -78,6 +77,7 @@ class FeatureSettings:
 
     provider: str = MISSING
     mode: str = "visible"
+    resolution: int | None = None
     weights: str | None = None
     stride: int | None = None
     dtype: str = "float32"
@@ -95,25 +95,19 @@ class ReconstructionSettings:
 
     views: ViewSettings = field(default_factory=ViewSettings)
     features: list[FeatureSettings] = field(default_factory=lambda: [FeatureSettings("rgb")])
-    render: RenderConfig = field(default_factory=RenderConfig)
 
     @staticmethod
     def from_settings(settings: Mapping[str, Any], origin: str) -> ReconstructionSettings:
         """Read from a bundle's settings. InputError where ``features`` is missing or a value is wrong."""
         if not settings.get("features"):
             raise InputError(f"{origin}: settings say no features; this bundle has no encoder for assets")
-        names = ("views", "features", "render")
-        chosen = {key: settings[key] for key in names if settings.get(key) is not None}
+        chosen = {key: settings[key] for key in ("views", "features") if settings.get(key) is not None}
         return config_from_dict(ReconstructionSettings, chosen, f"{origin}: settings")
-
-    def to_settings(self) -> dict[str, Any]:
-        """What :meth:`from_settings` reads."""
-        return config_to_dict(self)
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """One reconstructed asset. ``latents`` are the posterior's means, as the decoder takes them; ``seconds`` by step."""
+    """One asset. ``latents`` are the posterior's means, as the decoder takes them; ``seconds`` by step."""
 
     gaussians: Gaussians
     latents: SparseVoxels
@@ -160,6 +154,11 @@ class Reconstructor:
         self.encoder, self.decoder, self.providers = encoder, decoder, list(providers)
         self.settings, self.structure, self.device = settings, structure, torch.device(device)
         self.resolution = encoder.config.resolution
+        for feature in settings.features:
+            if feature.resolution not in (None, self.resolution):
+                raise InputError(
+                    f"features: {feature.provider} is on {feature.resolution}³ voxels, the encoder on {self.resolution}³"
+                )
         parts: list[nn.Module] = [encoder, decoder]
         if structure is not None:
             parts += [structure.encoder, structure.decoder]
@@ -173,8 +172,12 @@ class Reconstructor:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         offline: bool = False,
+        weights: Mapping[str, str] | None = None,
     ) -> Reconstructor:
         """Load the VAE of a bundle: an embedded model's name, a folder, or a hub repository.
+
+        ``weights`` are of feature providers, by name: a local file or folder, or a hub name, instead of the
+        published ones. ``mini`` takes the bundle's own image encoder.
 
         Raises:
             InputError: no such model, or one without encoder, decoder and features; damaged or missing weights.
@@ -190,7 +193,9 @@ class Reconstructor:
                 networks[name] = load_network(place, path.parent, info, name, options)
             elif not name.startswith("structure"):
                 raise InputError(f"{path}: no network {name!r}; this model cannot reconstruct")
-        providers = [build(feature, place, info, options) for feature in settings.features]
+        providers = [
+            build(f, (weights or {}).get(f.provider), place, info, options) for f in settings.features
+        ]
         structure = None
         if "structure_encoder" in networks and "structure_decoder" in networks:
             structure = StructureNetworks(networks["structure_encoder"], networks["structure_decoder"])
@@ -227,8 +232,8 @@ class Reconstructor:
 
     def views(self, mesh: Mesh, *, name: str = "", renderer: MeshRenderer | None = None) -> Views:
         """The views that features are lifted from, with depth."""
-        viewmats, Ks = self.settings.views.cameras(name)
-        renderer = make_renderer(mesh, self.settings.render) if renderer is None else renderer
+        viewmats, Ks = self.settings.views.cameras_of(name)
+        renderer = make_renderer(mesh, self.settings.views.render) if renderer is None else renderer
         return renderer.render(viewmats, Ks, self.settings.views.size, self.settings.views.size)
 
     def features(self, views: Views, coords: Tensor) -> SparseVoxels:
@@ -282,12 +287,11 @@ def load_network(place: Source, folder: Path, info: BundleInfo, name: str, optio
 
 
 def build(
-    feature: FeatureSettings, place: Source, info: BundleInfo, options: Options
+    feature: FeatureSettings, weights: str | None, place: Source, info: BundleInfo, options: Options
 ) -> FeatureProvider | None:
     """The provider of a feature set."""
     if feature.provider == SURFACE:
         return None
-    weights = feature.weights
     if weights is None and feature.provider == "mini" and IMAGE_ENCODER in info.networks:
         weights = str(place.file(info.networks[IMAGE_ENCODER].file))
     return build_provider(

@@ -1,4 +1,4 @@
-"""Where the files of a model are: within this package, in a local folder, or in a repository on the Hugging Face hub."""
+"""Where the files of a model are: in this package, a local folder, or a repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
