@@ -1,151 +1,241 @@
-"""Training the 2to3-VAE: features on voxels in, Gaussians out, judged by their renderings (P3.1, P3.3).
-
-    batch.voxels ─▶ encoder ─▶ posterior ─▶ latents ─▶ decoder ─▶ Gaussians ─▶ renderings ↔ batch.views
-"""
+"""Training the 2to3-VAE (P3.1, P3.3): its configuration, data, pictures, validation and bundle."""
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diff2to3.checkpoint import BundleInfo, NetworkEntry, save_bundle
+from diff2to3.config import MISSING, config_to_dict
+from diff2to3.data.loader import LoaderConfig, TrainLoader
+from diff2to3.data.store import AssetStore
+from diff2to3.errors import InputError
 from diff2to3.gaussians.render import render
-from diff2to3.types import Gaussians, SparseVoxels, Views
-from diff2to3.vae import losses
+from diff2to3.metrics.image import foreground_psnr, psnr, ssim
+from diff2to3.metrics.lpips import Lpips
+from diff2to3.training.config import TrainConfig
+from diff2to3.training.task import Randomness
+from diff2to3.training.tasks.vae_objective import VaeLossConfig, VaeObjective
+from diff2to3.types import Gaussians, SparseVoxels
 from diff2to3.vae.config import DecoderConfig, EncoderConfig
 from diff2to3.vae.decoder import Decoder
 from diff2to3.vae.encoder import Encoder
-from diff2to3.vae.posterior import Posterior
+from diff2to3.vae.start import start_linear_paths, start_logvar
+from diff2to3.voxels.surface import STATISTICS, channels_of
 
 
 @dataclass(frozen=True)
-class VaeLossConfig:
-    """Weights of the losses. The defaults are the paper's and TRELLIS's.
+class DataConfig:
+    """Where the assets are and what is read of them.
 
-    l1, ssim, lpips  of renderings; ssim weighs 1 - SSIM; lpips needs its weights (``lpips_weights``)
-    l2, edges        further ones: the squared difference, and that of neighbouring pixels' differences, the
-                     substitute for LPIPS where its weights are not at hand
-    kl, volume, opacity  regularisers: KL to N(0, 1), mean Π scales, mean (opacity - 1)²
+    root      a prepared dataset (``diff2to3 data prepare``)
+    view_set  the views that renderings are compared with; ``loader.views`` says how many of them a step takes
+    validation_assets  how many of split ``val`` validation takes; spread evenly over the split
     """
 
-    l1: float = 1.0
-    l2: float = 0.0
-    ssim: float = 0.2
-    lpips: float = 0.0
-    lpips_weights: str | None = None
-    edges: float = 0.0
-    kl: float = 1e-6
-    volume: float = 1e4
-    opacity: float = 1e-3
+    root: str = MISSING
+    view_set: str = "target"
+    validation_assets: int = 32
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """Where training begins.
+
+    surface_paths  let the linear paths carry mean colour and mean surface point (needs the feature set
+                   ``surface`` and ``linear_path`` in both networks)
+    spread         the share of the Gaussians' initial spread that is then kept
+    logvar         log-variance of the first posteriors
+    """
+
+    surface_paths: bool = False
+    spread: float = 0.6
+    logvar: float = 0.0
+
+
+@dataclass(frozen=True)
+class VaeRunConfig:
+    """A training run of the 2to3-VAE.
+
+    sizes  [[step, pixels], …]: from that step on, views are shrunk to so many pixels a side
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    loss: VaeLossConfig = field(default_factory=VaeLossConfig)
+    start: StartConfig = field(default_factory=StartConfig)
+    sizes: list[list[int]] = field(default_factory=list)
+    train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, float) and value < 0:
-                raise ValueError(f"{name}: expected a weight of at least 0, got {value}")
-        if self.lpips and not self.lpips_weights:
-            raise ValueError("lpips: needs lpips_weights (see eval/convert_weights.py); or use edges instead")
+        encoder, decoder = self.encoder, self.decoder
+        for name in ("resolution", "latent_channels"):
+            if getattr(encoder, name) != getattr(decoder, name):
+                raise ValueError(f"decoder.{name}: {getattr(decoder, name)} is not the encoder's")
+        if self.data.view_set not in self.data.loader.views:
+            raise ValueError(f"data.loader.views: expected {self.data.view_set!r} among them")
+        if not self.data.loader.features:
+            raise ValueError("data.loader.features: expected at least one feature set")
+        if any(len(pair) != 2 or min(pair) < 0 for pair in self.sizes) or self.sizes != sorted(self.sizes):
+            raise ValueError(f"sizes: expected [step, pixels] pairs with rising steps, got {self.sizes}")
+        if self.start.surface_paths and "surface" not in self.data.loader.features:
+            raise ValueError("start.surface_paths: needs the feature set 'surface' in data.loader.features")
 
 
-class VaeObjective(nn.Module):
-    """Encoder, decoder and loss. forward(batch, randomness) → losses by name, each [B], one number an asset."""
+class VaeTask:
+    """See :class:`diff2to3.training.task.Task`."""
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        decoder: Decoder,
-        loss: VaeLossConfig,
-        view_set: str = "target",
-        sizes: tuple[tuple[int, int], ...] = (),
-        perceptual: nn.Module | None = None,
-    ) -> None:
-        """``sizes``: (step, pixels): from that step on, views are shrunk to so many pixels a side."""
-        super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-        self.loss, self.view_set, self.sizes = loss, view_set, sizes
-        self.perceptual = [perceptual]  # in a list: its weights are not this module's to train or save
-        self.shared_plan = encoder.plan_key == decoder.plan_key
+    def __init__(self, config: VaeRunConfig) -> None:
+        self.config = config
 
-    def forward(self, batch: Any, randomness: Any) -> dict[str, Tensor]:
-        voxels: SparseVoxels = batch.voxels
-        plan = self.encoder.plan(voxels)
-        posterior = self.encoder(voxels, plan)
-        latents = posterior.mean + (0.5 * posterior.logvar).exp() * self.noise(voxels, batch.ids, randomness)
-        objects = self.decoder(voxels.with_feats(latents), plan if self.shared_plan else None)
-        views = shrink_views(batch.views[self.view_set], self.size_at(batch.step))
-        per_asset = len(views) // len(batch.ids)
-        backgrounds = torch.stack(
-            [torch.rand(3, generator=randomness.generator(i, "background")) for i in batch.ids]
-        ).to(views.images)
-        terms = [
-            self.object_losses(g, views.select(range(b * per_asset, (b + 1) * per_asset)), backgrounds[b])
-            for b, g in enumerate(objects)
-        ]
-        out = {name: torch.stack([t[name] for t in terms]) for name in terms[0]}
-        out["kl"] = losses.kl_by_item(posterior.mean.float(), posterior.logvar.float(), voxels.cu_seqlens)
-        weights = self.loss
-        out["loss"] = sum_weighted(out, weights)
-        out["psnr"] = out.pop("psnr")
-        return out
+    def objective(self) -> VaeObjective:
+        c = self.config
+        encoder, decoder = Encoder(c.encoder), Decoder(c.decoder)
+        start_logvar(encoder, c.start.logvar)
+        if c.start.surface_paths:
+            first = self.first_channel("surface")
+            color, point = (first + channels_of(name).start for name in ("color", "point"))
+            factor = dict((name, f) for name, _, f in STATISTICS)["color"]
+            start_linear_paths(encoder, decoder, color, point, factor, c.start.spread)
+        loss = c.loss.with_what_is_there()
+        if loss is not c.loss:
+            print("loss.lpips: no loss.lpips_weights; the edge loss stands in for LPIPS", file=sys.stderr)
+        perceptual = Lpips.load(loss.lpips_weights) if loss.lpips and loss.lpips_weights else None
+        sizes = tuple((step, size) for step, size in c.sizes)
+        return VaeObjective(encoder, decoder, loss, c.data.view_set, sizes, perceptual)
 
-    def object_losses(self, gaussians: Gaussians, views: Views, background: Tensor) -> dict[str, Tensor]:
-        """The losses of one object over its views: scalars by name."""
-        with torch.autocast(background.device.type, enabled=False):
-            gaussians = gaussians.to(dtype=torch.float32)
-            drawn = render(
-                gaussians, views.viewmats, views.Ks, views.width, views.height, background=background
-            ).colors
-            target = views.composite(background)
-            squared = losses.l2(drawn, target)
-            terms = {
-                "l1": losses.l1(drawn, target).mean(),
-                "l2": squared.mean(),
-                "ssim": 1 - losses.ssim(drawn, target).mean() if self.loss.ssim else squared.new_zeros(()),
-                "volume": losses.volume(gaussians),
-                "opacity": losses.transparency(gaussians),
-                "psnr": -10 * torch.log10(squared.detach().clamp(min=1e-10)).mean(),
-            }
-            if self.loss.edges:
-                terms["edges"] = losses.edges(drawn, target).mean()
-            if self.loss.lpips and self.perceptual[0] is not None:
-                terms["lpips"] = self.perceptual[0](drawn, target).mean()
-        return terms
+    def blocks(self, objective: nn.Module) -> list[nn.Module]:
+        assert isinstance(objective, VaeObjective)
+        return [*objective.encoder.blocks, *objective.decoder.blocks]
 
-    def noise(self, voxels: SparseVoxels, ids: tuple[str, ...], randomness: Any) -> Tensor:
-        """ε of every voxel, drawn an asset at a time."""
-        shape = [(n, self.encoder.config.latent_channels) for n in voxels.cu_seqlens.diff().tolist()]
-        drawn = [
-            torch.randn(s, generator=randomness.generator(i, "latents")) for s, i in zip(shape, ids, strict=True)
-        ]
-        return torch.cat(drawn).to(voxels.feats.device)
+    def loader(self, seed: int, rank: int, world_size: int) -> TrainLoader:
+        loader = TrainLoader(
+            self.config.data.root, self.config.data.loader, seed=seed, rank=rank, world_size=world_size
+        )
+        found = sum(self.channels(name) for name in self.config.data.loader.features)
+        if found != self.config.encoder.in_channels:
+            raise InputError(
+                f"encoder.in_channels: is {self.config.encoder.in_channels}, and the feature sets "
+                f"{self.config.data.loader.features} of {self.config.data.root} have {found}"
+            )
+        return loader
 
-    def size_at(self, step: int) -> int | None:
-        """Pixels a side at ``step``; None for the size that views are loaded in."""
-        current = None
-        for start, size in self.sizes:
-            if step >= start:
-                current = size
-        return current
+    def channels(self, name: str) -> int:
+        """Channels of a feature set of the dataset."""
+        stage = f"features_{name.partition('.')[0]}"
+        store = AssetStore(self.config.data.root, [stage])
+        assets = store.assets()
+        if not assets:
+            raise InputError(f"{self.config.data.root}: {stage} holds no asset")
+        return int(store.info(assets[0], stage)["channels"])
 
+    def first_channel(self, wanted: str) -> int:
+        """Where a feature set begins among the encoder's inputs."""
+        names = self.config.data.loader.features
+        return sum(self.channels(name) for name in names[: names.index(wanted)])
 
-def sum_weighted(terms: dict[str, Tensor], weights: VaeLossConfig) -> Tensor:
-    """Σ weight · term over the terms that have a weight."""
-    chosen = [getattr(weights, name) * value for name, value in terms.items() if hasattr(weights, name)]
-    return torch.stack(chosen).sum(0)
+    def validation(self) -> tuple[AssetStore, list[Any]]:
+        """The store, and the assets that validation takes."""
+        data = self.config.data
+        grid = f"voxels_{self.config.encoder.resolution}"
+        stages = [f"features_{n.partition('.')[0]}" for n in data.loader.features]
+        store = AssetStore(data.root, [*stages, grid, f"views_{data.view_set}"])
+        assets = store.assets("val")
+        step = max(1, len(assets) // max(data.validation_assets, 1))
+        return store, assets[::step][: data.validation_assets]
 
+    @torch.no_grad()
+    def reconstruct(self, objective: VaeObjective, voxels: SparseVoxels) -> Gaussians:
+        """One object from the posterior's mean."""
+        device = next(objective.parameters()).device
+        voxels = voxels.to(device)
+        posterior = objective.encoder(voxels)
+        return objective.decoder(voxels.with_feats(posterior.mean))[0]
 
-def shrink_views(views: Views, size: int | None) -> Views:
-    """Views of ``size`` pixels a side by averaging premultiplied colour; ``size`` must divide theirs."""
-    if size is None or size == views.width:
-        return views
-    if views.width % size or views.height != views.width:
-        raise ValueError(f"size: {size} does not divide views of {views.width} x {views.height}")
-    f = views.width // size
-    a = F.avg_pool2d(views.alphas[:, None], f)
-    premultiplied = (views.images * views.alphas[..., None]).permute(0, 3, 1, 2)
-    images = (F.avg_pool2d(premultiplied, f) / a.clamp(min=1e-6)).permute(0, 2, 3, 1)
-    Ks = views.Ks.clone()
-    Ks[:, :2] /= f
-    return Views(images, a[:, 0], views.viewmats, Ks)
+    def samples(self, objective: nn.Module, randomness: Randomness) -> dict[str, Tensor]:
+        """Rows of target and rendering, for eight assets of the validation."""
+        assert isinstance(objective, VaeObjective)
+        store, assets = self.validation()
+        rows = []
+        for asset in assets[:: max(1, len(assets) // 8)][:8]:
+            gaussians = self.reconstruct(objective, store.features(asset, self.config.data.loader.features))
+            views = store.views(asset, self.config.data.view_set, [0, 1]).to(gaussians.means.device)
+            drawn = render(gaussians, views.viewmats, views.Ks, views.width, views.height, background=1.0)
+            pairs = torch.stack([views.composite(1.0), drawn.colors.clamp(0, 1)], 1).flatten(0, 1)
+            rows.append(torch.cat(list(pairs), 1))
+        return {"reconstructions": torch.cat(rows, 0)} if rows else {}
+
+    def validate(self, objective: nn.Module) -> dict[str, float]:
+        """PSNR over the image on white and over the foreground, and SSIM: means over assets of four views each."""
+        assert isinstance(objective, VaeObjective)
+        store, assets = self.validation()
+        scores: dict[str, list[float]] = {"psnr": [], "psnr_foreground": [], "ssim": []}
+        for asset in assets:
+            gaussians = self.reconstruct(objective, store.features(asset, self.config.data.loader.features))
+            stored = store.open(asset, f"views_{self.config.data.view_set}")
+            every = max(1, int(stored.info["num_views"]) // 4)
+            views = stored.views(range(0, int(stored.info["num_views"]), every)).to(gaussians.means.device)
+            drawn = render(gaussians, views.viewmats, views.Ks, views.width, views.height, background=1.0)
+            images, targets = drawn.colors.clamp(0, 1), views.composite(1.0)
+            scores["psnr"].append(float(psnr(images, targets).mean()))
+            scores["psnr_foreground"].append(
+                float(foreground_psnr(images, targets, views.alphas > 0.5).nanmean())
+            )
+            scores["ssim"].append(float(ssim(images, targets).mean()))
+        return {name: sum(values) / len(values) for name, values in scores.items() if values}
+
+    def export(self, objective: nn.Module, folder: Path) -> None:
+        """Encoder, decoder, statistics of the latents, and what features they were trained on."""
+        assert isinstance(objective, VaeObjective)
+        entries = {
+            name: NetworkEntry(type(network).__name__, config_to_dict(network.config), f"{name}.safetensors")
+            for name, network in (("encoder", objective.encoder), ("decoder", objective.decoder))
+        }
+        settings = {"latents": self.latent_statistics(objective), **self.data_settings()}
+        info = BundleInfo("vae", entries, settings, license="MIT", source="trained by train/vae.py")
+        states = {n: getattr(objective, n).state_dict() for n in entries}
+        halves = {
+            n: {k: v.half() if v.is_floating_point() else v for k, v in s.items()} for n, s in states.items()
+        }
+        save_bundle(folder, info, halves)
+
+    @torch.no_grad()
+    def latent_statistics(self, objective: VaeObjective, num_assets: int = 256) -> dict[str, list[float]]:
+        """Mean and standard deviation of each latent channel over the voxels of training assets: what the flow
+        model normalises by (P3.3)."""
+        data = self.config.data
+        stages = [f"features_{n.partition('.')[0]}" for n in data.loader.features]
+        store = AssetStore(data.root, [*stages, f"voxels_{self.config.encoder.resolution}"])
+        assets = store.assets(data.loader.split)
+        count, total, squares = 0, torch.zeros(1), torch.zeros(1)
+        device = next(objective.parameters()).device
+        for asset in assets[:: max(1, len(assets) // num_assets)][:num_assets]:
+            voxels = store.features(asset, data.loader.features).to(device)
+            mean = objective.encoder(voxels).mean.double().cpu()
+            count, total, squares = count + len(mean), total + mean.sum(0), squares + mean.square().sum(0)
+        mean = total / count
+        std = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
+        return {"mean": mean.tolist(), "std": std.tolist()}
+
+    def data_settings(self) -> dict[str, Any]:
+        """The feature sets and the views that they come from, as the dataset noted them."""
+        features, views = [], {}
+        root = Path(self.config.data.root)
+        for name in self.config.data.loader.features:
+            base, _, mode = name.partition(".")
+            settings = json.loads((root / f"features_{base}" / "settings.json").read_bytes())
+            view_set = json.loads((root / f"views_{settings['views']}" / "settings.json").read_bytes())
+            settings["mode"] = mode or settings["modes"][0]
+            for key in ("version", "modes", "dtype", "views"):
+                settings.pop(key, None)
+            features.append(settings)
+            views = {**view_set["views"], "render": view_set["render"]}
+        return {"features": features, "views": views}

@@ -1,0 +1,171 @@
+"""The loss of the 2to3-VAE: features on voxels in, Gaussians out, judged by their renderings (P3.1, P3.3).
+
+batch.voxels ─▶ encoder ─▶ posterior ─▶ latents ─▶ decoder ─▶ Gaussians ─▶ renderings ↔ batch.views
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diff2to3.gaussians.render import render
+from diff2to3.types import Gaussians, SparseVoxels, Views
+from diff2to3.vae import losses
+from diff2to3.vae.decoder import Decoder
+from diff2to3.vae.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class VaeLossConfig:
+    """Weights of the losses. The defaults are the paper's and TRELLIS's.
+
+    l1, ssim, lpips  of renderings; ssim weighs 1 - SSIM; lpips is from ``lpips_weights``
+                     (eval/convert_weights.py makes the file); without them ``edges`` takes its place
+    l2, edges        further ones: the squared difference, and the L1 of neighbouring pixels' differences over
+                     three sizes; edges weighs as much as lpips where it stands in for it
+    kl, volume, opacity  regularisers: KL to N(0, 1), mean Π scales, mean (opacity - 1)²
+    """
+
+    l1: float = 1.0
+    l2: float = 0.0
+    ssim: float = 0.2
+    lpips: float = 0.2
+    lpips_weights: str | None = None
+    edges: float = 0.0
+    kl: float = 1e-6
+    volume: float = 1e4
+    opacity: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and value < 0:
+                raise ValueError(f"{name}: expected a weight of at least 0, got {value}")
+
+    def with_what_is_there(self) -> VaeLossConfig:
+        """LPIPS replaced by edges where there are no weights for it."""
+        if not self.lpips or self.lpips_weights:
+            return self
+        return replace(self, lpips=0.0, edges=self.edges or self.lpips)
+
+
+class VaeObjective(nn.Module):
+    """Encoder, decoder and loss. forward(batch, randomness) → losses by name, each [B], one number an asset."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: Decoder,
+        loss: VaeLossConfig,
+        view_set: str = "target",
+        sizes: tuple[tuple[int, int], ...] = (),
+        perceptual: nn.Module | None = None,
+    ) -> None:
+        """``sizes``: (step, pixels): from that step on, views are shrunk to so many pixels a side."""
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.loss, self.view_set, self.sizes = loss, view_set, sizes
+        self.perceptual = [perceptual]  # in a list: its weights are not this module's to train or save
+        self.shared_plan = encoder.plan_key == decoder.plan_key
+
+    def forward(self, batch: Any, randomness: Any) -> dict[str, Tensor]:
+        voxels: SparseVoxels = batch.voxels
+        plan = self.encoder.plan(voxels)
+        posterior = self.encoder(voxels, plan)
+        latents = posterior.mean + (0.5 * posterior.logvar).exp() * self.noise(voxels, batch.ids, randomness)
+        objects = self.decoder(voxels.with_feats(latents), plan if self.shared_plan else None)
+        views = shrink_views(batch.views[self.view_set], self.size_at(batch.step))
+        per_asset = len(views) // len(batch.ids)
+        backgrounds = torch.stack(
+            [torch.rand(3, generator=randomness.generator(i, "background")) for i in batch.ids]
+        ).to(views.images)
+        terms = [
+            self.object_losses(g, views.select(range(b * per_asset, (b + 1) * per_asset)), backgrounds[b])
+            for b, g in enumerate(objects)
+        ]
+        out = {name: torch.stack([t[name] for t in terms]) for name in terms[0]}
+        out["kl"] = losses.kl_by_item(posterior.mean.float(), posterior.logvar.float(), voxels.cu_seqlens)
+        weights = self.loss
+        out["loss"] = sum_weighted(out, weights)
+        return out
+
+    def object_losses(self, gaussians: Gaussians, views: Views, background: Tensor) -> dict[str, Tensor]:
+        """The losses of one object over its views: scalars by name."""
+        with torch.autocast(background.device.type, enabled=False):
+            gaussians = gaussians.to(dtype=torch.float32)
+            drawn = render(
+                gaussians, views.viewmats, views.Ks, views.width, views.height, background=background
+            ).colors
+            target = views.composite(background)
+            squared = losses.l2(drawn, target)
+            terms = {
+                "l1": losses.l1(drawn, target).mean(),
+                "l2": squared.mean(),
+                "ssim": dissimilarity(drawn, target, views.alphas)
+                if self.loss.ssim
+                else squared.new_zeros(()),
+                "volume": losses.volume(gaussians),
+                "opacity": losses.transparency(gaussians),
+                "psnr": -10 * torch.log10(squared.detach().clamp(min=1e-10)).mean(),
+            }
+            if self.loss.edges:
+                terms["edges"] = losses.edges(drawn, target).mean()
+            if self.loss.lpips and self.perceptual[0] is not None:
+                terms["lpips"] = self.perceptual[0](drawn.clamp(0, 1), target).mean()
+        return terms
+
+    def noise(self, voxels: SparseVoxels, ids: tuple[str, ...], randomness: Any) -> Tensor:
+        """ε of every voxel, drawn an asset at a time."""
+        shape = [(n, self.encoder.config.latent_channels) for n in voxels.cu_seqlens.diff().tolist()]
+        drawn = [
+            torch.randn(s, generator=randomness.generator(i, "latents"))
+            for s, i in zip(shape, ids, strict=True)
+        ]
+        return torch.cat(drawn).to(voxels.feats.device)
+
+    def size_at(self, step: int) -> int | None:
+        """Pixels a side at ``step``; None for the size that views are loaded in."""
+        current = None
+        for start, size in self.sizes:
+            if step >= start:
+                current = size
+        return current
+
+
+def dissimilarity(images: Tensor, targets: Tensor, alphas: Tensor) -> Tensor:
+    """Mean of 1 - SSIM over views, computed where the object is: all around it both are plain background, and the
+    difference zero, or as small as a stray Gaussian's."""
+    seen = alphas.amax(0) > 0
+    rows, columns = seen.any(1).nonzero()[:, 0], seen.any(0).nonzero()[:, 0]
+    if not len(rows):
+        return 1 - losses.ssim(images, targets).mean()
+    margin = losses.WINDOW
+    y = slice(max(int(rows[0]) - margin, 0), int(rows[-1]) + 1 + margin)
+    x = slice(max(int(columns[0]) - margin, 0), int(columns[-1]) + 1 + margin)
+    images, cropped = images[:, y, x], targets[:, y, x]
+    share = images.shape[1] * images.shape[2] / (targets.shape[1] * targets.shape[2])
+    return share * (1 - losses.ssim(images, cropped).mean())
+
+
+def sum_weighted(terms: dict[str, Tensor], weights: VaeLossConfig) -> Tensor:
+    """Σ weight · term over the terms that have a weight."""
+    chosen = [getattr(weights, name) * value for name, value in terms.items() if hasattr(weights, name)]
+    return torch.stack(chosen).sum(0)
+
+
+def shrink_views(views: Views, size: int | None) -> Views:
+    """Views of ``size`` pixels a side by averaging premultiplied colour; ``size`` must divide theirs."""
+    if size is None or size == views.width:
+        return views
+    if views.width % size or views.height != views.width:
+        raise ValueError(f"size: {size} does not divide views of {views.width} x {views.height}")
+    f = views.width // size
+    a = F.avg_pool2d(views.alphas[:, None], f)
+    premultiplied = (views.images * views.alphas[..., None]).permute(0, 3, 1, 2)
+    images = (F.avg_pool2d(premultiplied, f) / a.clamp(min=1e-6)).permute(0, 2, 3, 1)
+    Ks = views.Ks.clone()
+    Ks[:, :2] /= f
+    return Views(images, a[:, 0], views.viewmats, Ks)
