@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,81 @@ def read_bundle(folder: Path) -> BundleInfo:
         if Path(entry.file).name != entry.file:
             raise InputError(f"{path}: file {entry.file!r} is not in the folder")
     return info
+
+
+def merge_bundles(
+    sources: Sequence[Path], *, kind: str | None = None, replace: bool = False
+) -> tuple[BundleInfo, dict[str, dict[str, Tensor]]]:
+    """The networks and settings of several bundles as one, ready for :func:`save_bundle`.
+
+    Args:
+        sources: folders.
+        kind: of the result; None: "image-to-3d" where all networks of generation are there, else that of the sources.
+        replace: where two have a network or a setting of one name and it differs, the later one counts.
+
+    Raises:
+        InputError: a folder that is no bundle or is damaged; without ``replace``, two different networks or settings
+            of one name; different kinds.
+    """
+    if not sources:
+        raise InputError("bundles: expected at least one folder")
+    entries: dict[str, NetworkEntry] = {}
+    origins: dict[str, Path] = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    settings: dict[str, Any] = {}
+    infos = []
+    for folder in sources:
+        info = read_bundle(folder)
+        check_hashes(folder, info)
+        infos.append(info)
+        for name, entry in info.networks.items():
+            same = name in entries and entry == entries[name]
+            if name in entries and not same and not replace:
+                raise InputError(
+                    f"{folder / MODEL_FILE}: network {name!r} differs from that of {origins[name]}; "
+                    "leave one out, or let the later one replace it"
+                )
+            entries[name], origins[name] = entry, folder
+            tensors[name] = read_tensors(folder / entry.file)
+        settings = _merge_settings(settings, info.settings, replace, str(folder / MODEL_FILE))
+    files = [entry.file for entry in entries.values()]
+    for name, entry in entries.items():
+        if files.count(entry.file) > 1:
+            raise InputError(
+                f"{origins[name] / MODEL_FILE}: file {entry.file!r} is also that of another network"
+            )
+    chosen = kind or _merged_kind([info.kind for info in infos], set(entries))
+    licenses = dict.fromkeys(info.license for info in infos if info.license)
+    origin = dict.fromkeys(info.source for info in infos if info.source)
+    merged = BundleInfo(chosen, entries, settings, " AND ".join(licenses), "; ".join(origin))
+    return merged, tensors
+
+
+def _merged_kind(kinds: list[str], names: set[str]) -> str:
+    if {"structure_flow", "structure_decoder", "latent_flow", "decoder"} <= names:
+        return next((kind for kind in kinds if kind.endswith("-to-3d")), "image-to-3d")
+    if len(set(kinds)) == 1:
+        return kinds[0]
+    # Parts of a model: what it is so far is said by the one that makes 3D from something.
+    return "vae" if "vae" in kinds else "parts"
+
+
+def _merge_settings(
+    first: Mapping[str, Any], other: Mapping[str, Any], replace: bool, origin: str
+) -> dict[str, Any]:
+    """Keys of both; dicts are merged within."""
+    merged = dict(first)
+    for key, value in other.items():
+        held = merged.get(key)
+        if isinstance(held, Mapping) and isinstance(value, Mapping):
+            merged[key] = _merge_settings(held, value, replace, origin)
+        elif key in merged and held != value and not replace:
+            raise InputError(
+                f"{origin}: settings: {key!r} is {value!r}, and {held!r} in the bundle before it"
+            )
+        else:
+            merged[key] = value
+    return merged
 
 
 def check_hashes(folder: Path, info: BundleInfo) -> None:

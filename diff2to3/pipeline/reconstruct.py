@@ -157,7 +157,7 @@ class Reconstructor:
         for feature in settings.features:
             if feature.resolution not in (None, self.resolution):
                 raise InputError(
-                    f"features: {feature.provider} is on {feature.resolution}³ voxels, the encoder on {self.resolution}³"
+                    f"features: {feature.provider} is on {feature.resolution}³ voxels, the encoder on {self.resolution}"
                 )
         parts: list[nn.Module] = [encoder, decoder]
         if structure is not None:
