@@ -18,9 +18,10 @@ from diff2to3.checkpoint import read_bundle
 from diff2to3.errors import InputError
 from diff2to3.gaussians.ply import read_ply
 from diff2to3.pipeline.convert import checked_sha256
-from diff2to3.pipeline.image_to_3d import ImageTo3D, StageSettings
+from diff2to3.pipeline.denoise import StageSettings
+from diff2to3.pipeline.image_to_3d import ImageTo3D
 from diff2to3.pipeline.load import load_model, read_pipeline, stage_from_sampler
-from diff2to3.pipeline.photos import prepare_photo
+from diff2to3.pipeline.photos import frame_like_trellis
 from diff2to3.pipeline.upstream import build_network
 from diff2to3.types import SparseVoxels
 
@@ -160,7 +161,7 @@ def by_hand(folder, photo, seed):
     dino = transformers.Dinov2WithRegistersModel.from_pretrained(folder / "dinov2_vitl14_reg").eval()
     before_norm = []
     dino.layernorm.register_forward_pre_hook(lambda module, inputs: before_norm.append(inputs[0]))
-    image = torch.from_numpy(np.array(prepare_photo(Image.open(photo)))).permute(2, 0, 1)[None] / 255
+    image = frame_like_trellis(Image.open(photo), 518)[None]
     mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     dino((image - mean) / std)
     cond = torch.nn.functional.layer_norm(before_norm[0], (COND,))
@@ -194,8 +195,10 @@ def test_photo_to_ply_by_the_command(folder, photo, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "Gaussians in" in printed.out
     assert "slat_decoder_mesh is skipped" in printed.err and "slat_decoder_rf is skipped" in printed.err
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"photo.ply", "photo.json"}
-    metadata = json.loads((tmp_path / "out" / "photo.json").read_text())
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "photo.ply", "photo_turntable.png", "metadata.json"
+    }  # fmt: skip
+    metadata = json.loads((tmp_path / "out" / "metadata.json").read_text())
     assert metadata["seed"] == 3 and metadata["structure"]["guidance_scale"] == 6.0
     ours, comment = read_ply(tmp_path / "out" / "photo.ply")
     assert comment["seed"] == 3
@@ -237,11 +240,11 @@ def test_seeds_samples_and_settings(folder, photo, tmp_path):
     common = ("--model", folder, "--steps", 2, "--guidance-scale", 1)
     assert generate(photo, *common, "-o", tmp_path / "a", "--seed", 5, "--num-samples", 2) == 0
     assert generate(photo, *common, "-o", tmp_path / "b", "--seed", 6, "--low-vram") == 0
-    files = {p.name: p.read_bytes() for p in (tmp_path / "a").glob("*.ply")}
+    files = {p.name: p.read_bytes() for p in (tmp_path / "a").glob("*/*.ply")}
     assert set(files) == {"photo_0.ply", "photo_1.ply"}
     assert files["photo_0.ply"] != files["photo_1.ply"]
     assert (tmp_path / "b" / "photo.ply").read_bytes() == files["photo_1.ply"]  # seed 6, alone
-    metadata = json.loads((tmp_path / "a" / "photo_1.json").read_text())
+    metadata = json.loads((tmp_path / "a" / "photo_1" / "metadata.json").read_text())
     assert metadata["seed"] == 6 and metadata["latent"]["num_steps"] == 2
 
 
@@ -269,10 +272,13 @@ def test_batches_of_photos(folder, photo, tmp_path):
     shutil.copy(photo, many / "a.png")
     Image.open(photo).convert("RGBA").save(many / "a.webp", lossless=True)
     (many / "notes.txt").write_text("not an image")
-    assert generate(many, "--model", folder, "-o", tmp_path / "out", "--steps", 1) == 0
-    names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {"a_png.ply", "a_png.json", "a_webp.ply", "a_webp.json"}
-    first, second = ((tmp_path / "out" / f"a_{kind}.ply").read_bytes() for kind in ("png", "webp"))
+    args = (many, "--model", folder, "-o", tmp_path / "out", "--steps", 1, "--turntable", "none")
+    assert generate(*args) == 0
+    names = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").glob("*/*")}
+    assert names == {f"{n}/{f}" for n in ("a_png", "a_webp") for f in (f"{n}.ply", "metadata.json")}
+    first, second = (
+        next((tmp_path / "out").glob(f"*/a_{kind}.ply")).read_bytes() for kind in ("png", "webp")
+    )
     assert first == second
 
 
@@ -312,7 +318,7 @@ def text_folder(folder, tmp_path_factory):
 def test_text_to_ply_by_the_command(text_folder, photo, tmp_path, capsys):
     out = tmp_path / "out"
     assert generate("--prompt", "a red chair!", "--model", text_folder, "-o", out, "--steps", 2) == 0
-    assert {p.name for p in out.iterdir()} == {"a_red_chair.ply", "a_red_chair.json"}
+    assert {p.name for p in out.glob("*.ply")} == {"a_red_chair.ply"}
     assert len(read_ply(out / "a_red_chair.ply")[0]) > 0
     capsys.readouterr()
     assert generate(photo, "--model", text_folder, "-o", out) == 2
@@ -323,7 +329,7 @@ def test_text_tokens_are_the_encoders_last_states(text_folder):
     import transformers
 
     model = load_model(str(text_folder), offline=True)
-    conditions = model.conditions("red chair")
+    conditions = model.conditions(["red chair"], [()])
     clip = transformers.CLIPTextModel.from_pretrained(text_folder / "tiny-clip").eval()
     letters = {c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz")}
     words = [[letters[c] for c in w[:-1]] + [26 + letters[w[-1]]] for w in ("red", "chair")]
@@ -331,7 +337,7 @@ def test_text_tokens_are_the_encoders_last_states(text_folder):
     with torch.no_grad():
         expected = clip(input_ids=torch.tensor([ids + [53] * (77 - len(ids))])).last_hidden_state
         nothing = clip(input_ids=torch.tensor([[52] + [53] * 76])).last_hidden_state
-    torch.testing.assert_close(conditions.tokens[0], expected)
+    torch.testing.assert_close(conditions.present[0], expected)
     torch.testing.assert_close(conditions.absent, nothing)
 
 
@@ -413,7 +419,7 @@ def test_a_broken_folder_is_one_line_and_exit_code_2(folder, photo, tmp_path, ca
     assert generate(photo, "--model", model, "-o", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -426,7 +432,7 @@ def test_a_broken_folder_is_one_line_and_exit_code_2(folder, photo, tmp_path, ca
         ),
         (["missing.png", "--model", "{folder}"], "missing.png: no such file"),
         (["{text}", "--model", "{folder}"], "fake.png: not an image that can be read"),
-        (["{empty}", "--model", "{folder}"], "image: no object"),
+        (["{empty}", "--model", "{folder}"], "empty.png: no object"),
         (["--model", "{folder}"], "no input"),
         (["{photo}", "--prompt", "x", "--model", "{folder}"], "a text or photos, not both"),
         (["{photo}", "--image", "{photo}", "--model", "{folder}"], "not both"),

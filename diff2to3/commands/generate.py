@@ -1,8 +1,9 @@
-"""Turn photos into 3D Gaussian assets: one .ply and one .json (seed, settings, timings) each.
+"""Turn photos into 3D Gaussian assets: for each a .ply, a turntable and metadata.json (seed, settings, timings).
 
-diff2to3 generate photo.png --model microsoft/TRELLIS-image-large -o out/
-diff2to3 generate a.png b.png -o out/                     two assets
+diff2to3 generate photo.png -o out/                       out/photo.ply, out/photo_turntable.png, out/metadata.json
+diff2to3 generate a.png photos/ -o out/                   an asset each: out/a/a.ply, …
 diff2to3 generate --image front.png --image back.png      one asset from several photos of it
+diff2to3 generate photo.png --model microsoft/TRELLIS-image-large
 diff2to3 generate --prompt "a red chair" --model microsoft/TRELLIS-text-large
 """
 
@@ -10,25 +11,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 
-from diff2to3 import __version__
 from diff2to3.errors import InputError
-from diff2to3.files import write_atomic
-from diff2to3.gaussians.ply import ply_bytes
-from diff2to3.pipeline.image_to_3d import MULTI_IMAGE_MODES, Result, StageSettings
-from diff2to3.pipeline.load import DTYPES, load_model
-from diff2to3.pipeline.photos import open_photo
+from diff2to3.flow.samplers import SAMPLERS
+from diff2to3.pipeline.cutout import METHODS
+from diff2to3.pipeline.denoise import MULTI_IMAGE_MODES, StageSettings
+from diff2to3.pipeline.outputs import TURNTABLES, OutputFolder, Writer, check_turntable, describe
+from diff2to3.pipeline.photos import Photo, check_photo, open_photo
 
-DEFAULT_MODEL = "microsoft/TRELLIS-image-large"
+if TYPE_CHECKING:
+    from diff2to3.pipeline.image_to_3d import ImageTo3D, Result
+
+DEFAULT_MODEL = "mini"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,19 +51,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-samples", type=int, default=1, help="assets from each input, by seed, seed + 1, …"
     )
     what.add_argument("--seed", type=int, default=0)
+    what.add_argument(
+        "--turntable", choices=TURNTABLES, default="png",
+        help="a sheet of 8 views, an animation, or a film (default: png)",
+    )  # fmt: skip
+    what.add_argument(
+        "--background-removal", choices=METHODS, default="auto",
+        help="for photos without transparency: rembg where it is installed, else the border's colour (auto); "
+        "none: the photo is all object",
+    )  # fmt: skip
 
     how = parser.add_argument_group("how to sample (default: as the model says)")
-    how.add_argument("--steps", type=int, help="Euler steps of each stage")
+    how.add_argument("--steps", type=int, help="steps of each stage")
     how.add_argument("--guidance-scale", type=float, help="1 is off; TRELLIS's cfg_strength + 1")
+    how.add_argument("--sampler", choices=tuple(SAMPLERS))
     how.add_argument(
         "--multi-image", choices=MULTI_IMAGE_MODES, default=MULTI_IMAGE_MODES[0],
         help="with several --image: one of them a step in turn, or the mean over all (slower)",
     )  # fmt: skip
+    how.add_argument(
+        "--batch-size", type=int, default=1, help="assets generated at once; changes speed, not results"
+    )
 
     model = parser.add_argument_group("model and machine")
     model.add_argument(
-        "--model", default=DEFAULT_MODEL, help=f"folder or hub repository (default: {DEFAULT_MODEL})"
-    )
+        "--model", default=DEFAULT_MODEL,
+        help=f"embedded model, folder or hub repository (default: {DEFAULT_MODEL}, which is embedded)",
+    )  # fmt: skip
     model.add_argument("--image-encoder", metavar="FOLDER", help="folder of the condition encoder's weights")
     model.add_argument("--offline", action="store_true", help="open no connection; use what is here")
     model.add_argument("--device", help="cuda, cpu or mps (default: the best there is)")
@@ -70,24 +87,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--low-vram", action="store_true", help="keep networks on the CPU between stages")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
-    """One input and the stem of its files."""
+    """One input: the stem of its files, where it comes from, and, once it has been read, what the model is given."""
 
     stem: str
-    prompt: list[Image.Image] | str
     origin: list[str]
+    paths: list[Path] = field(default_factory=list)
+    text: str | None = None
+    photos: list[Photo] = field(default_factory=list)
+
+    def prompt(self, model: ImageTo3D, background_removal: str) -> str | list[Photo]:
+        """Read and prepare the photos, once. InputError that names the photo."""
+        if self.text is not None:
+            return self.text
+        if not self.photos:
+            self.photos = [self.read(model, path, background_removal) for path in self.paths]
+        return self.photos
+
+    def read(self, model: ImageTo3D, path: Path, background_removal: str) -> Photo:
+        image = open_photo(path)
+        try:
+            return model.photo(image, background_removal)
+        except InputError as error:
+            raise InputError(f"{path}: {str(error).removeprefix('image: ')}") from error
+
+
+@dataclass(frozen=True)
+class Task:
+    """One asset to make."""
+
+    job: Job
+    stem: str
+    seed: int
 
 
 def run(args: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    check_numbers(args)
     jobs = collect_jobs(args)
-    for name in ("num_samples", "steps"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    check_turntable(args.turntable)
     device = choose_device(args.device)
-    make_folder(args.out)
-    model = load_model(
+    output = OutputFolder(args.out, one_asset=len(jobs) * args.num_samples == 1)
+    with output:
+        model = load(args, device)
+        seconds = {"load": time.perf_counter() - start}
+        writer = Writer(output, args.turntable, describe(args.model, model, device), seconds)
+        failed = Run(args, model, writer).all(tasks_of(jobs, args))
+    for note in model.notes:
+        print(f"diff2to3 generate: {note}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def load(args: argparse.Namespace, device: torch.device) -> ImageTo3D:
+    from diff2to3.pipeline.load import load_model
+
+    return load_model(
         args.model,
         device=device,
         dtype=DTYPES.get(args.dtype),
@@ -95,54 +150,133 @@ def run(args: argparse.Namespace) -> int:
         image_encoder=args.image_encoder,
         low_memory=args.low_vram,
     )
-    structure = override(model.structure_settings, args)
-    latent = override(model.latent_settings, args)
-    for job in jobs:
-        for number in range(args.num_samples):
-            stem = job.stem if args.num_samples == 1 else f"{job.stem}_{number}"
-            with Progress(stem) as progress:
-                result = model(
-                    job.prompt,
-                    seed=args.seed + number,
-                    structure=structure,
-                    latent=latent,
-                    multi_image=args.multi_image,
-                    progress=progress,
-                )
-            metadata = describe(args, job, result, structure, latent, device)
-            path = write_result(args.out, stem, result, metadata)
-            print(f"{path}: {len(result.gaussians)} Gaussians in {sum(result.seconds.values()):.1f} s")
-    for note in model.notes:
-        print(f"diff2to3 generate: {note}", file=sys.stderr)
-    return 0
+
+
+class Run:
+    """Works through the tasks in batches; one bad input of several does not stop the others."""
+
+    def __init__(self, args: argparse.Namespace, model: ImageTo3D, writer: Writer) -> None:
+        self.args, self.model, self.writer = args, model, writer
+        self.structure = override(model.structure_settings, args)
+        self.latent = override(model.latent_settings, args)
+
+    def all(self, tasks: list[Task]) -> int:
+        """Make every asset; returns how many failed. The only one's InputError is raised."""
+        failed = 0
+        for start in range(0, len(tasks), self.args.batch_size):
+            chunk = tasks[start : start + self.args.batch_size]
+            try:
+                self.batch(chunk)
+            except InputError as error:
+                if len(tasks) == 1:
+                    raise
+                if len(chunk) > 1:
+                    failed += sum(self.alone(task) for task in chunk)
+                else:
+                    failed += complain(chunk[0], error)
+        return failed
+
+    def alone(self, task: Task) -> int:
+        try:
+            self.batch([task])
+        except InputError as error:
+            return complain(task, error)
+        return 0
+
+    def batch(self, tasks: list[Task]) -> None:
+        """Generate and write."""
+        before = time.perf_counter()
+        prompts = [task.job.prompt(self.model, self.args.background_removal) for task in tasks]
+        prepared = time.perf_counter() - before
+        with Progress(", ".join(task.stem for task in tasks)) as progress:
+            results: list[Result] = self.model.batch(
+                prompts,
+                [task.seed for task in tasks],
+                structure=self.structure,
+                latent=self.latent,
+                multi_image=self.args.multi_image,
+                progress=progress,
+            )
+        for task, result in zip(tasks, results, strict=True):
+            result.seconds["photos"] = prepared
+            own = {
+                "input": task.job.origin,
+                "structure": dataclasses.asdict(self.structure),
+                "latent": dataclasses.asdict(self.latent),
+                "batch_size": len(tasks),
+            }
+            path, seconds = self.writer.write(task.stem, result, own)
+            print(f"{path}: {len(result.gaussians):,} Gaussians in {seconds:.1f} s")
+            for note in result.notes:
+                print(f"diff2to3 generate: {task.stem}: warning: {note}", file=sys.stderr)
+
+
+def complain(task: Task, error: InputError) -> int:
+    origin = "" if str(error).startswith(tuple(task.job.origin)) else f"{task.job.origin[0]}: "
+    print(f"diff2to3 generate: error: {origin}{error}", file=sys.stderr)
+    return 1
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    for name in ("num_samples", "steps", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    if not 0 <= args.seed < 2**63 - args.num_samples:
+        raise InputError(f"--seed: expected a number from 0 to 2⁶³, got {args.seed}")
 
 
 def collect_jobs(args: argparse.Namespace) -> list[Job]:
-    """Decode every input before anything slow begins, so that a bad one costs nothing."""
+    """Look at the header of every input before anything slow begins, so that most bad ones cost nothing."""
     if args.prompt is not None:
         if args.photos or args.image:
             raise InputError("--prompt: give a text or photos, not both")
         if not args.prompt.strip():
             raise InputError("--prompt: the text is empty")
         stem = re.sub(r"\W+", "_", args.prompt).strip("_")[:60] or "prompt"
-        return [Job(stem, args.prompt, [args.prompt])]
+        return [Job(stem, [args.prompt], text=args.prompt)]
     if args.image and args.photos:
         raise InputError("--image: give photos of one object with --image, or separate photos, not both")
     if args.image:
-        images = [open_photo(path) for path in args.image]
-        return [Job(args.image[0].stem, images, [str(p) for p in args.image])]
-    paths = [p for given in args.photos for p in expand(given)]
-    if not paths:
-        raise InputError("no input: give a photo, a folder of photos, --image or --prompt")
+        jobs = [Job(args.image[0].stem, [str(p) for p in args.image], list(args.image))]
+    else:
+        paths = [p for given in args.photos for p in expand(given)]
+        if not paths:
+            raise InputError("no input: give a photo, a folder of photos, --image or --prompt")
+        jobs = [Job(name, [str(p)], [p]) for name, p in zip(names_of(paths), paths, strict=True)]
+    for job in jobs:
+        for path in job.paths:
+            check_photo(path)
+    return jobs
+
+
+def names_of(paths: list[Path]) -> list[str]:
+    """A different name for each: the stem, with the ending or a number where stems are the same."""
     stems = [path.stem for path in paths]
     names = [p.stem if stems.count(p.stem) == 1 else p.name.replace(".", "_") for p in paths]
-    return [Job(name, [open_photo(p)], [str(p)]) for name, p in zip(names, paths, strict=True)]
+    taken: dict[str, int] = {}
+    out = []
+    for name in names:
+        taken[name] = taken.get(name, 0) + 1
+        out.append(name if taken[name] == 1 else f"{name}_{taken[name]}")
+    return out
+
+
+def tasks_of(jobs: list[Job], args: argparse.Namespace) -> list[Task]:
+    several = args.num_samples > 1
+    return [
+        Task(job, f"{job.stem}_{number}" if several else job.stem, args.seed + number)
+        for job in jobs
+        for number in range(args.num_samples)
+    ]
 
 
 def expand(path: Path) -> list[Path]:
     """The images in a folder, sorted; a file stays as it is."""
     if not path.is_dir():
         return [path]
+    from PIL import Image
+
     known = Image.registered_extensions()
     found = sorted(p for p in path.iterdir() if p.suffix.lower() in known)
     if not found:
@@ -166,6 +300,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def make_folder(folder: Path) -> None:
+    """Make a folder for results; InputError where nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".{__name__}.probe"
@@ -176,51 +311,19 @@ def make_folder(folder: Path) -> None:
 
 
 def override(settings: StageSettings, args: argparse.Namespace) -> StageSettings:
-    changes: dict[str, Any] = {"num_steps": args.steps, "guidance_scale": args.guidance_scale}
-    return dataclasses.replace(settings, **{k: v for k, v in changes.items() if v is not None})
-
-
-def describe(
-    args: argparse.Namespace,
-    job: Job,
-    result: Result,
-    structure: StageSettings,
-    latent: StageSettings,
-    device: torch.device,
-) -> dict[str, Any]:
-    return {
-        "input": job.origin,
-        "model": args.model,
-        "seed": result.seed,
-        "structure": dataclasses.asdict(structure),
-        "latent": dataclasses.asdict(latent),
-        "num_voxels": len(result.latents),
-        "num_gaussians": len(result.gaussians),
-        "frame": "right-handed, z up",
-        "screen_filter": 0.1,
-        "device": str(device),
-        "seconds": {name: round(value, 3) for name, value in result.seconds.items()},
-        "versions": {"diff2to3": __version__, "torch": torch.__version__},
+    changes: dict[str, Any] = {
+        "num_steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "sampler": args.sampler,
     }
-
-
-def write_result(folder: Path, stem: str, result: Result, metadata: dict[str, Any]) -> Path:
-    """Both files, each whole or not at all."""
-    path = folder / f"{stem}.ply"
-    note = {k: metadata[k] for k in ("seed", "screen_filter")} | {"generator": f"diff2to3 {__version__}"}
-    try:
-        write_atomic(path, ply_bytes(result.gaussians, note))
-        write_atomic(folder / f"{stem}.json", json.dumps(metadata, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
-    return path
+    return dataclasses.replace(settings, **{k: v for k, v in changes.items() if v is not None})
 
 
 class Progress:
     """A bar over the steps of both stages, on stderr when that is a terminal."""
 
     def __init__(self, label: str) -> None:
-        self.label = label
+        self.label = label if len(label) <= 40 else label[:39] + "…"
         self.bar: Any = None
         self.stage = ""
 

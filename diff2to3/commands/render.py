@@ -11,19 +11,15 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from diff2to3.errors import InputError
 from diff2to3.gaussians.pictures import check_format, write_frames
 from diff2to3.gaussians.ply import read_ply
-from diff2to3.gaussians.render import render, to_uint8
+from diff2to3.pipeline.turntable import DEFAULT_VIEWS, frames
 from diff2to3.types import Gaussians
 from diff2to3.views.cameras import CameraConfig, sample_cameras
-
-#: Frames of one turn by file ending: a sheet shows a few, an animation wants many.
-DEFAULT_VIEWS = {".png": 8, ".gif": 48, ".mp4": 120}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise InputError(str(error)) from error
     viewmats, Ks = sample_cameras(config, args.resolution, args.resolution, np.random.default_rng(0))
-    frames = turn(gaussians.to(args.device), viewmats, Ks, args.resolution, args.background)
-    write_frames(args.out, frames, args.fps)
+    pictures = turn(gaussians.to(args.device), viewmats, Ks, args.resolution, args.background)
+    write_frames(args.out, pictures, args.fps)
     print(f"{args.out}: {num_views} views of {len(gaussians):,} Gaussians")
     return 0
 
@@ -91,18 +87,9 @@ def run(args: argparse.Namespace) -> int:
 def turn(
     gaussians: Gaussians, viewmats: Tensor, Ks: Tensor, resolution: int, background: float
 ) -> np.ndarray:
-    """Frames uint8 [V, R, R, 3], one view at a time so that memory does not grow with their number."""
-    device = gaussians.means.device
-    frames = []
-    with torch.no_grad():
-        for viewmat, K in tqdm(
-            list(zip(viewmats.to(device), Ks.to(device), strict=True)), desc="render", unit="view"
-        ):
-            colors = render(
-                gaussians, viewmat[None], K[None], resolution, resolution, background=background
-            ).colors
-            frames.append(to_uint8(colors[0]).cpu().numpy())
-    return np.stack(frames)
+    """Frames uint8 [V, R, R, 3], with a progress bar."""
+    cameras = tqdm(list(zip(viewmats, Ks, strict=True)), desc="render", unit="view")
+    return frames(gaussians, cameras, resolution, background)
 
 
 def fit_unit_box(gaussians: Gaussians) -> Gaussians:

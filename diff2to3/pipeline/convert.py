@@ -20,7 +20,7 @@ from diff2to3.checkpoint import (
 )
 from diff2to3.config import config_to_dict
 from diff2to3.errors import InputError
-from diff2to3.pipeline.image_to_3d import StageSettings
+from diff2to3.pipeline.denoise import StageSettings
 from diff2to3.pipeline.load import (
     PIPELINE_FILE,
     UPSTREAM_KEYS,

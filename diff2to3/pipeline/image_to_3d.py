@@ -1,11 +1,12 @@
-"""From a photo (or a text) to 3D Gaussians, in two flow-matching stages."""
+"""From photos (or texts) to 3D Gaussians, in two flow-matching stages."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,71 +14,87 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diff2to3.errors import InputError
-from diff2to3.flow.dit import LatentDiT, StructureDiT
-from diff2to3.flow.samplers import Step, Velocity, alternating, averaged, euler, guided, timesteps
-from diff2to3.pipeline.photos import prepare_photo, to_tensor
+from diff2to3.flow.framing import Framing
+from diff2to3.pipeline.denoise import (
+    MULTI_IMAGE_MODES,
+    Conditions,
+    Progress,
+    StageSettings,
+    latent_velocity,
+    sample,
+    structure_velocity,
+)
+from diff2to3.pipeline.photos import Photo, as_it_is, frame_cut_out, frame_like_trellis, prepare
 from diff2to3.types import Gaussians, SparseVoxels
 from diff2to3.vae.decoder import Decoder
 from diff2to3.vae.sparse_structure import StructureDecoder, active_voxels
 
-#: How several images of one object are combined: a condition a step in turn, or the mean of all velocities.
-MULTI_IMAGE_MODES = ("stochastic", "multidiffusion")
-
-#: progress(stage, steps done, steps in all)
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class StageSettings:
-    """How a stage is sampled. guidance_interval is in t: 1 is noise, 0 is data."""
-
-    num_steps: int = 25
-    guidance_scale: float = 6.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    shift: float = 3.0
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise InputError(f"steps: expected at least 1, got {self.num_steps}")
-        low, high = self.guidance_interval
-        if not (self.shift > 0 and low <= high):
-            raise InputError(f"shift must be positive and the guidance interval (low, high), got {self}")
+#: A photo, several photos of one object, or a text.
+Prompt = Image.Image | Photo | Sequence[Image.Image | Photo] | str
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The four networks of generation."""
+    """The four networks of generation; the flows are those of diff2to3.flow.dit or of diff2to3.flow.smdit."""
 
-    structure_flow: StructureDiT
+    structure_flow: nn.Module
     structure_decoder: StructureDecoder
-    latent_flow: LatentDiT
+    latent_flow: nn.Module
     decoder: Decoder
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """Tokens [1, L, C] of each image (or of the text), and of its absence."""
+class Normalization:
+    """Latents as networks of a flow see them are (latents − mean) / std, a channel."""
 
-    tokens: tuple[Tensor, ...]
-    absent: Tensor
+    mean: Tensor
+    std: Tensor
+
+    @staticmethod
+    def of(mean: Sequence[float], std: Sequence[float], channels: int, name: str) -> Normalization:
+        """InputError where the numbers do not fit ``channels``."""
+        if len(mean) != channels or len(std) != channels:
+            raise InputError(
+                f"{name}: expected {channels} means and deviations, got {len(mean)} and {len(std)}"
+            )
+        if not all(value > 0 for value in std):
+            raise InputError(f"{name}: expected positive deviations, got {list(std)}")
+        return Normalization(torch.tensor(mean), torch.tensor(std))
+
+    def undo(self, z: Tensor, dim: int) -> Tensor:
+        """From the flow's latents to the decoder's; channels are dimension ``dim``."""
+        shape = [-1 if i == dim else 1 for i in range(z.ndim)]
+        return z * self.std.to(z).view(shape) + self.mean.to(z).view(shape)
 
 
 @dataclass(frozen=True)
 class Result:
-    """One generated object. ``latents`` are as the decoder takes them; ``seconds`` by stage."""
+    """One generated object.
+
+    latents  as the decoder takes them
+    seconds  by stage; of the whole batch where several objects were generated at once
+    photos   what the model saw; none for texts
+    """
 
     gaussians: Gaussians
     latents: SparseVoxels
     seed: int
     seconds: dict[str, float] = field(default_factory=dict)
+    photos: tuple[Photo, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What looks wrong with the photos, a line each."""
+        return tuple(dict.fromkeys(note for photo in self.photos for note in photo.notes))
 
 
 class ImageTo3D:
-    """A loaded model. ``ImageTo3D.from_pretrained(folder_or_repository)(image, seed=1)`` gives a
-    :class:`Result`.
+    """A loaded model. ``ImageTo3D.from_pretrained("mini")(image, seed=1)`` gives a :class:`Result`.
 
     kind       what it is conditioned on: "image" or "text"
-    conditioner  images [B, 3, H, W] → tokens, or a list of texts → tokens
+    conditioner  pictures [B, 3, S, S] → tokens [B, L, C] or latents [B, C, h, w], or a list of texts → tokens
+    framing    of the condition picture; ``trellis`` prepares it as TRELLIS does, on black and byte by byte
+    structure_normalization, latent_normalization  of the latents of either stage; None for none
     notes      what the loader left out, a line each
     low_memory networks wait on the CPU and visit the device in turn
     """
@@ -87,26 +104,25 @@ class ImageTo3D:
         networks: Networks,
         conditioner: nn.Module,
         kind: str,
-        latent_mean: Sequence[float],
-        latent_std: Sequence[float],
         structure_settings: StageSettings,
         latent_settings: StageSettings,
         *,
-        image_size: int = 518,
+        structure_normalization: Normalization | None = None,
+        latent_normalization: Normalization | None = None,
+        framing: Framing | None = None,
+        trellis: bool = False,
         device: torch.device | str = "cpu",
         low_memory: bool = False,
+        offline: bool = False,
         notes: Sequence[str] = (),
     ) -> None:
-        channels = networks.latent_flow.config.in_channels
-        if len(latent_mean) != channels or len(latent_std) != channels:
-            raise InputError(
-                f"normalization: expected {channels} means and deviations, got {len(latent_mean)} and "
-                f"{len(latent_std)}"
-            )
         self.networks, self.conditioner, self.kind = networks, conditioner, kind
-        self.latent_mean, self.latent_std = torch.tensor(latent_mean), torch.tensor(latent_std)
+        self.structure_normalization = structure_normalization
+        self.latent_normalization = latent_normalization
         self.structure_settings, self.latent_settings = structure_settings, latent_settings
-        self.image_size, self.low_memory, self.notes = image_size, low_memory, tuple(notes)
+        self.framing = framing or Framing()
+        self.trellis, self.offline = trellis, offline
+        self.low_memory, self.notes = low_memory, tuple(notes)
         self.device = torch.device(device)
         for network in (*vars(networks).values(), conditioner):
             network.eval().requires_grad_(False)
@@ -114,8 +130,8 @@ class ImageTo3D:
                 network.to(self.device)
 
     @staticmethod
-    def from_pretrained(source: str, **options: Any) -> ImageTo3D:
-        """Load a bundle of ours or a TRELLIS folder or repository; see
+    def from_pretrained(source: str = "mini", **options: Any) -> ImageTo3D:
+        """Load an embedded model, a bundle of ours, or a TRELLIS folder or repository; see
         :func:`diff2to3.pipeline.load.load_model`.
         """
         from diff2to3.pipeline.load import load_model
@@ -124,13 +140,14 @@ class ImageTo3D:
 
     def __call__(
         self,
-        prompt: Image.Image | Sequence[Image.Image] | str,
+        prompt: Prompt,
         *,
         seed: int = 0,
         structure: StageSettings | None = None,
         latent: StageSettings | None = None,
-        multi_image: str = "stochastic",
+        multi_image: str = MULTI_IMAGE_MODES[0],
         prepare: bool = True,
+        background_removal: str = "auto",
         progress: Progress | None = None,
     ) -> Result:
         """Generate one object.
@@ -138,79 +155,145 @@ class ImageTo3D:
         Args:
             prompt: a photo, several photos of one object, or a text for models that take text.
             seed: of the noise, drawn on the CPU in float32, so that it is the same for any device.
-            structure, latent: how to sample each stage; as published unless given.
+            structure, latent: how to sample each stage; as the model says unless given.
             multi_image: one of :data:`MULTI_IMAGE_MODES`.
             prepare: cut out, centre and resize the photos; False if they already are.
+            background_removal: one of :data:`diff2to3.pipeline.cutout.METHODS`.
 
         Raises:
             InputError: a prompt of the wrong kind, no object in a photo, or no voxel generated.
+        """
+        options: Mapping[str, Any] = {
+            "structure": structure, "latent": latent, "multi_image": multi_image, "prepare": prepare,
+            "background_removal": background_removal, "progress": progress,
+        }  # fmt: skip
+        return self.batch([prompt], [seed], **options)[0]
+
+    def batch(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        *,
+        structure: StageSettings | None = None,
+        latent: StageSettings | None = None,
+        multi_image: str = MULTI_IMAGE_MODES[0],
+        prepare: bool = True,
+        background_removal: str = "auto",
+        progress: Progress | None = None,
+    ) -> list[Result]:
+        """Generate several objects at once, packed; each is what it would be alone (to rounding).
+
+        Args:
+            prompts: as of :meth:`__call__`, each with the same number of photos.
+            seeds: one each.
+
+        Raises:
+            InputError: as :meth:`__call__`.
         """
         if multi_image not in MULTI_IMAGE_MODES:
             raise InputError(
                 f"multi_image: expected one of {', '.join(MULTI_IMAGE_MODES)}, got {multi_image!r}"
             )
-        generator = torch.Generator().manual_seed(seed)
-        report: Progress = progress or (lambda stage, done, total: None)
+        if len(prompts) != len(seeds) or not prompts:
+            raise InputError(f"seeds: expected {len(prompts)}, one a prompt, got {len(seeds)}")
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         clock = Clock()
         with torch.inference_mode():
-            conditions = self.conditions(prompt, prepare)
+            photos = [self.photos(prompt, prepare, background_removal) for prompt in prompts]
+            clock.lap("photos")
+            conditions = self.conditions(prompts, photos)
             clock.lap("condition")
-            settings = structure or self.structure_settings
-            coords = self.sample_structure(conditions, settings, generator, multi_image, report)
+            stage = structure or self.structure_settings
+            coords = self.sample_structure(conditions, stage, generators, multi_image, progress)
             clock.lap("structure")
-            settings = latent or self.latent_settings
-            latents = self.sample_latents(coords, conditions, settings, generator, multi_image, report)
+            stage = latent or self.latent_settings
+            latents = self.sample_latents(coords, conditions, stage, generators, multi_image, progress)
             clock.lap("latents")
             with self.on_device(self.networks.decoder) as decoder:
-                (gaussians,) = decoder(latents)
+                gaussians = decoder(latents)
             clock.lap("decode")
         # clones are ordinary tensors: what inference mode made cannot take part in autograd
-        return Result(clone(gaussians), clone(latents), seed, clock.seconds)
+        made = zip(gaussians, latents.unbind(), seeds, photos, strict=True)
+        return [Result(clone(g), clone(z), seed, dict(clock.seconds), p) for g, z, seed, p in made]
 
-    def conditions(
-        self, prompt: Image.Image | Sequence[Image.Image] | str, prepare: bool = True
-    ) -> Conditions:
-        """Encode the prompt. The absence of an image is zeros; of a text, the empty text."""
+    # ---- conditions ----
+
+    def photo(self, image: Image.Image, background_removal: str = "auto") -> Photo:
+        """A photo made ready: the object cut out, and framed as this model was trained. InputError if there is none."""
+        framer = partial(frame_cut_out, framing=self.framing)
+        if self.trellis:
+            framer = partial(frame_like_trellis, size=self.framing.size)
+        return prepare(image, framer, background_removal, offline=self.offline)
+
+    def photos(self, prompt: Prompt, prepare: bool, background_removal: str) -> tuple[Photo, ...]:
+        """The photos of one object, made ready; none for a text."""
         if isinstance(prompt, str):
             if self.kind != "text":
                 raise InputError("prompt: this model takes images, not text")
-            with self.on_device(self.conditioner) as conditioner:
-                tokens, absent = conditioner([prompt, ""]).to(self.device).split(1)
-            return Conditions((tokens,), absent)
+            return ()
         if self.kind != "image":
             raise InputError("prompt: this model takes text, not images")
-        images = [prompt] if isinstance(prompt, Image.Image) else list(prompt)
-        if not images:
+        given = [prompt] if isinstance(prompt, Image.Image | Photo) else list(prompt)
+        if not given:
             raise InputError("prompt: expected at least one image")
-        if prepare:
-            images = [prepare_photo(image, self.image_size) for image in images]
+        size, background = self.framing.size, self.framing.background
+        ready = []
+        for image in given:
+            if isinstance(image, Photo):
+                ready.append(image)
+            elif prepare:
+                ready.append(self.photo(image, background_removal))
+            else:
+                ready.append(Photo(as_it_is(image, size, background)))
+        return tuple(ready)
+
+    def conditions(self, prompts: Sequence[Prompt], photos: Sequence[tuple[Photo, ...]]) -> Conditions:
+        """Encode the prompts. The absence of a text is the empty text; of an image, zeros or nothing."""
         with self.on_device(self.conditioner) as conditioner:
-            tokens = conditioner(to_tensor(images, self.image_size).to(self.device)).to(self.device)
+            if self.kind == "text":
+                tokens = conditioner([*prompts, ""]).to(self.device)
+                return Conditions((tokens[:-1],), tokens[-1:].expand(len(prompts), -1, -1))
+            counts = {len(own) for own in photos}
+            if len(counts) != 1:
+                raise InputError(
+                    f"prompts: expected the same number of photos for each, got {sorted(counts)}"
+                )
+            present = []
+            for same_place in zip(*photos, strict=True):
+                pictures = torch.stack([photo.picture for photo in same_place])
+                present.append(conditioner(pictures.to(self.device)).to(self.device))
+        if present[0].ndim == 4:
+            return Conditions(tuple(present))
         # Attention to equal tokens returns their value whatever their number, so one zero token stands for
         # all.
-        return Conditions(tokens.split(1), torch.zeros_like(tokens[:1, :1]))
+        return Conditions(tuple(present), torch.zeros_like(present[0][:, :1]))
+
+    # ---- stages ----
 
     def sample_structure(
         self,
         conditions: Conditions,
         settings: StageSettings,
-        generator: torch.Generator,
-        multi_image: str = "stochastic",
+        generators: Sequence[torch.Generator],
+        multi_image: str = MULTI_IMAGE_MODES[0],
         progress: Progress | None = None,
     ) -> Tensor:
-        """Stage 1: active voxels [N, 4]. InputError if there is none."""
+        """Stage 1: active voxels [N, 4] of each item, whose noise its generator gives. InputError where an item has
+        none.
+        """
         with self.on_device(self.networks.structure_flow) as flow:
             c = flow.config
-            noise = torch.randn(1, c.in_channels, *(c.resolution,) * 3, generator=generator).to(self.device)
-
-            def velocity_of(cond: Tensor) -> Velocity:
-                plan = flow.plan(1, cond.shape[1], self.device)
-                return lambda z, t: flow(z, time_tensor(t), cond, plan)
-
+            noise = torch.cat(
+                [torch.randn(1, c.in_channels, *(c.resolution,) * 3, generator=g) for g in generators]
+            ).to(self.device)
+            velocity_of = structure_velocity(flow, len(generators), self.device)
             z = sample(velocity_of, noise, conditions, settings, multi_image, "structure", progress)
+        if self.structure_normalization is not None:
+            z = self.structure_normalization.undo(z, 1)
         with self.on_device(self.networks.structure_decoder) as decoder:
             coords = active_voxels(decoder(z))
-        if not len(coords):
+        counts = torch.bincount(coords[:, 0], minlength=len(generators))
+        if int(counts.min()) == 0:
             raise InputError("the structure stage generated no voxel for this input; try another seed")
         return coords
 
@@ -219,23 +302,24 @@ class ImageTo3D:
         coords: Tensor,
         conditions: Conditions,
         settings: StageSettings,
-        generator: torch.Generator,
-        multi_image: str = "stochastic",
+        generators: Sequence[torch.Generator],
+        multi_image: str = MULTI_IMAGE_MODES[0],
         progress: Progress | None = None,
     ) -> SparseVoxels:
         """Stage 2: latents on these voxels, as the decoder takes them."""
         with self.on_device(self.networks.latent_flow) as flow:
             c = flow.config
-            noise = torch.randn(len(coords), c.in_channels, generator=generator).to(self.device)
-            voxels = SparseVoxels.from_coords(coords, noise, c.resolution)
-            shared = flow.plan(voxels, conditions.absent.shape[1])
-
-            def velocity_of(cond: Tensor) -> Velocity:
-                plan = shared.with_context(cond.shape[1])
-                return lambda z, t: flow(voxels.with_feats(z), time_tensor(t), cond, plan)
-
+            counts = torch.bincount(coords[:, 0], minlength=len(generators)).tolist()
+            parts = [
+                torch.randn(n, c.in_channels, generator=g) for n, g in zip(counts, generators, strict=True)
+            ]
+            noise = torch.cat(parts).to(self.device)
+            voxels = SparseVoxels.from_coords(coords, noise, c.resolution, len(generators))
+            velocity_of = latent_velocity(flow, voxels)
             z = sample(velocity_of, noise, conditions, settings, multi_image, "latents", progress)
-        return voxels.with_feats(z * self.latent_std.to(z) + self.latent_mean.to(z))
+        if self.latent_normalization is not None:
+            z = self.latent_normalization.undo(z, 1)
+        return voxels.with_feats(z)
 
     @contextmanager
     def on_device(self, network: nn.Module) -> Iterator[Any]:
@@ -248,37 +332,6 @@ class ImageTo3D:
             yield network
         finally:
             network.to("cpu")
-
-
-def sample(
-    velocity_of: Callable[[Tensor], Velocity],
-    noise: Tensor,
-    conditions: Conditions,
-    settings: StageSettings,
-    multi_image: str,
-    stage: str,
-    progress: Progress | None,
-) -> Tensor:
-    """Euler steps with guidance over one or several conditions."""
-    present = [velocity_of(tokens) for tokens in conditions.tokens]
-    combine = averaged if multi_image == "multidiffusion" else alternating
-    velocity = guided(
-        present[0] if len(present) == 1 else combine(present),
-        velocity_of(conditions.absent),
-        settings.guidance_scale,
-        settings.guidance_interval,
-    )
-
-    def on_step(step: Step) -> None:
-        if progress is not None:
-            progress(stage, step.index + 1, step.num_steps)
-
-    return euler(velocity, noise, timesteps(settings.num_steps, settings.shift), on_step)
-
-
-def time_tensor(t: float) -> Tensor:
-    """[1], in float64 on the CPU: networks round it once, after scaling."""
-    return torch.tensor([t], dtype=torch.float64)
 
 
 def clone(container: Any) -> Any:

@@ -8,26 +8,31 @@ ckpts/NAME.json + .safetensors     NAME.safetensors
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diff2to3.checkpoint import MODEL_FILE, BundleInfo, load_strictly, read_bundle, read_json, read_tensors
 from diff2to3.config import config_from_dict
 from diff2to3.errors import InputError
 from diff2to3.flow.conditioners import load_image_conditioner, load_text_conditioner
-from diff2to3.flow.config import DiTConfig, LatentDiTConfig
+from diff2to3.flow.config import DiTConfig, LatentDiTConfig, LatentSMDiTConfig, SMDiTConfig
 from diff2to3.flow.dit import LatentDiT, StructureDiT
-from diff2to3.pipeline.image_to_3d import ImageTo3D, Networks, StageSettings
-from diff2to3.pipeline.sources import Source
+from diff2to3.flow.framing import Framing
+from diff2to3.flow.smdit import LatentSMDiT, StructureSMDiT
+from diff2to3.pipeline.denoise import StageSettings, condition_channels
+from diff2to3.pipeline.image_to_3d import ImageTo3D, Networks, Normalization
+from diff2to3.pipeline.sources import Source, embedded_models
 from diff2to3.pipeline.upstream import NOT_SUPPORTED, build_network, wants_half
 from diff2to3.vae.config import DecoderConfig, EncoderConfig, StructureConfig
 from diff2to3.vae.decoder import Decoder
 from diff2to3.vae.encoder import Encoder
 from diff2to3.vae.sparse_structure import StructureDecoder, StructureEncoder
+from diff2to3.voxels.mini_encoder import MiniEncoder, MiniEncoderConfig
+from diff2to3.voxels.providers import build_provider
 
 PIPELINE_FILE = "pipeline.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -52,7 +57,19 @@ NETWORK_TYPES: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
     "StructureDecoder": (StructureConfig, StructureDecoder),
     "StructureDiT": (DiTConfig, StructureDiT),
     "LatentDiT": (LatentDiTConfig, LatentDiT),
+    "StructureSMDiT": (SMDiTConfig, StructureSMDiT),
+    "LatentSMDiT": (LatentSMDiTConfig, LatentSMDiT),
+    "MiniEncoder": (MiniEncoderConfig, MiniEncoder),
 }
+#: What the networks of a model may be, by our names.
+ROLES: dict[str, tuple[type, ...]] = {
+    "structure_flow": (StructureDiT, StructureSMDiT),
+    "structure_decoder": (StructureDecoder,),
+    "latent_flow": (LatentDiT, LatentSMDiT),
+    "decoder": (Decoder,),
+}
+#: TRELLIS's condition picture.
+TRELLIS_FRAMING = Framing(size=518, margin=1.2, background=0.0)
 
 
 @dataclass(frozen=True)
@@ -78,11 +95,11 @@ def load_model(
     """Load a model for generation.
 
     Args:
-        source: a folder with ``model.json`` (ours) or ``pipeline.json`` (TRELLIS's), or a hub repository.
+        source: an embedded model ("mini"), a folder with ``model.json`` (ours) or ``pipeline.json`` (TRELLIS's), or
+            a hub repository.
         dtype: of the networks' torsos; None: float16 on a GPU where it was released so, else float32.
         offline: never open a connection.
-        image_encoder: a local folder or hub repository of the condition encoder (DINOv2 or CLIP), in place
-        of the
+        image_encoder: a local folder or hub repository of the condition encoder (DINOv2 or CLIP), in place of the
             published one. Without it, a folder of the encoder's name within ``source`` is preferred.
         low_memory: keep networks on the CPU and move each to the device for its stage.
 
@@ -101,36 +118,77 @@ def load_model(
 
 
 def load_bundle(place: Source, options: Options) -> ImageTo3D:
-    """From ``model.json``."""
-    folder = place.file(MODEL_FILE).parent
-    info = read_bundle(folder)
+    """From ``model.json``. ``settings`` says how to generate:
+
+    samplers           {structure: {num_steps, guidance_scale, guidance_interval, shift, sampler}, latent: {…}}
+    latents            {mean, std} that the latent flow's latents are normalised by ("normalization" in bundles of
+                       TRELLIS's weights); structure_latents likewise
+    condition          {size, margin, background} of the condition picture (diff2to3.flow.framing), and its encoder:
+                       {provider, weights} of diff2to3.voxels.providers, else the bundle's network ``image_encoder``
+    conditioner        in place of condition: {name, image_size} of TRELLIS's condition encoder
+    """
+    path = place.file(MODEL_FILE)
+    folder, info = path.parent, read_bundle(path.parent)
     kind = {"image-to-3d": "image", "text-to-3d": "text"}.get(info.kind)
-    if kind is None:
-        raise InputError(f"{folder / MODEL_FILE}: kind {info.kind!r} is not one that generates")
-    loaded = {}
-    for name in UPSTREAM_KEYS:
-        if name not in info.networks:
-            raise InputError(f"{folder / MODEL_FILE}: no network {name!r}")
-        loaded[name] = load_bundle_network(folder, info, name, options)
+    missing = [name for name in UPSTREAM_KEYS if name not in info.networks]
+    if kind is None and not missing:
+        raise InputError(f"{path}: kind {info.kind!r} is not one that generates")
+    if missing:
+        what = f"{place.name} (embedded)" if place.name in embedded_models() else str(path)
+        raise InputError(
+            f"{what}: this model cannot generate: it has no {', '.join(missing)}; it has "
+            f"{', '.join(info.networks) or 'no network'}"
+        )
+    loaded = {name: load_bundle_network(folder, info, name, options, place) for name in UPSTREAM_KEYS}
+    settings = info.settings
     try:
-        settings = info.settings
         stages = [stage_from_dict(settings["samplers"][name]) for name in ("structure", "latent")]
-        normalization, encoder = settings["normalization"], settings["conditioner"]["name"]
-        mean, std = normalization["mean"], normalization["std"]
-        image_size = int(settings["conditioner"].get("image_size", 518))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder / MODEL_FILE}: settings are damaged: {error}") from error
-    conditioner = load_conditioner(kind, encoder, place, options)
-    return assemble(loaded, conditioner, kind, mean, std, stages, options, image_size=image_size)
+        statistics = [
+            settings.get("structure_latents"),
+            settings.get("latents", settings.get("normalization")),
+        ]
+        if "conditioner" in settings:
+            size = int(settings["conditioner"].get("image_size", TRELLIS_FRAMING.size))
+            framing, trellis = replace(TRELLIS_FRAMING, size=size), True
+            conditioner = load_conditioner(kind or "", settings["conditioner"]["name"], place, options)
+        else:
+            condition = dict(settings["condition"])
+            provider, weights = condition.pop("provider", "mini"), condition.pop("weights", None)
+            framing, trellis = Framing(**condition), False
+            if provider != "mini":
+                conditioner = ProviderConditioner(provider, weights, options)
+            elif "image_encoder" in info.networks:
+                conditioner = load_bundle_network(folder, info, "image_encoder", options, place)
+            else:
+                raise InputError(f"{path}: no network 'image_encoder', and settings name no provider")
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"{path}: settings are damaged: {reason}") from error
+    return assemble(
+        loaded,
+        conditioner,
+        kind or "",
+        stages,
+        options,
+        statistics=statistics,
+        framing=framing,
+        trellis=trellis,
+    )
 
 
-def load_bundle_network(folder: Path, info: BundleInfo, name: str, options: Options) -> nn.Module:
+def load_bundle_network(
+    folder: Path, info: BundleInfo, name: str, options: Options, place: Source | None = None
+) -> nn.Module:
+    """One network of a bundle; ``place``: where its file is fetched from if the bundle is on the hub."""
     entry = info.networks[name]
     if entry.type not in NETWORK_TYPES:
         raise InputError(f"{folder / MODEL_FILE}: {name}: unknown type {entry.type!r}")
     schema, module = NETWORK_TYPES[entry.type]
     config: Any = config_from_dict(schema, entry.config, f"{folder / MODEL_FILE}: {name}")
-    return fill(lambda: module(config), folder / entry.file, entry.half, options)
+    path = folder / entry.file if place is None else place.file(entry.file)
+    return fill(lambda: module(config), path, entry.half, options)
 
 
 def stage_from_dict(values: Mapping[str, Any]) -> StageSettings:
@@ -140,6 +198,7 @@ def stage_from_dict(values: Mapping[str, Any]) -> StageSettings:
         float(values["guidance_scale"]),
         (float(low), float(high)),
         float(values["shift"]),
+        str(values.get("sampler", "euler")),
     )
 
 
@@ -161,8 +220,18 @@ def load_trellis(place: Source, options: Options) -> ImageTo3D:
     ]
     conditioner = load_conditioner(pipeline.kind, pipeline.conditioner, place, options)
     stages = [pipeline.structure, pipeline.latent]
-    mean, std = pipeline.mean, pipeline.std
-    return assemble(loaded, conditioner, pipeline.kind, mean, std, stages, options, notes=notes)
+    statistics = [None, {"mean": pipeline.mean, "std": pipeline.std}]
+    return assemble(
+        loaded,
+        conditioner,
+        pipeline.kind,
+        stages,
+        options,
+        statistics=statistics,
+        framing=TRELLIS_FRAMING,
+        trellis=True,
+        notes=notes,
+    )
 
 
 @dataclass(frozen=True)
@@ -261,7 +330,8 @@ def fill(build: Callable[[], nn.Module], path: Path, half: bool, options: Option
         network = build()
     gpu = options.device.type != "cpu"
     dtype = options.dtype or (torch.float16 if half and gpu else torch.float32)
-    network.cast_torso(dtype)  # type: ignore[operator]
+    if hasattr(network, "cast_torso"):  # small encoders stay in float32
+        network.cast_torso(dtype)  # type: ignore[operator]
     load_strictly(network, read_tensors(path), path)
     return network
 
@@ -275,45 +345,78 @@ def load_conditioner(kind: str, name: str, place: Source, options: Options) -> n
     return load(name, local_path=local, offline=options.offline)
 
 
+class ProviderConditioner(nn.Module):
+    """A feature provider as condition encoder: pictures [B, 3, S, S] in [0, 1] → latents [B, C, S/stride, S/stride]."""
+
+    def __init__(self, name: str, weights: str | None, options: Options) -> None:
+        super().__init__()
+        dtype = options.dtype or torch.float32
+        self.provider = build_provider(
+            name, options.image_encoder or weights, device="cpu", dtype=dtype, offline=options.offline
+        )
+        self.channels = self.provider.channels
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.provider.encode(pictures.permute(0, 2, 3, 1)).float()
+
+
 def assemble(
     loaded: Mapping[str, Any],
-    conditioner: nn.Module,
+    conditioner: Any,
     kind: str,
-    mean: list[float],
-    std: list[float],
     stages: list[StageSettings],
     options: Options,
     *,
-    image_size: int = 518,
+    statistics: list[Mapping[str, list[float]] | None],
+    framing: Framing,
+    trellis: bool,
     notes: list[str] | None = None,
 ) -> ImageTo3D:
-    """Check that the parts fit each other."""
+    """Check that the parts fit each other. ``stages`` and ``statistics`` are of structure and latents."""
     networks = Networks(**loaded)
-    expected = {
-        "structure_flow": StructureDiT,
-        "structure_decoder": StructureDecoder,
-        "latent_flow": LatentDiT,
-        "decoder": Decoder,
-    }
-    for name, cls in expected.items():
-        if not isinstance(loaded[name], cls):
-            raise InputError(f"{name}: expected a {cls.__name__}, got a {type(loaded[name]).__name__}")
-    for flow in (networks.structure_flow, networks.latent_flow):
-        if flow.config.cond_channels != conditioner.channels:
+    for name, classes in ROLES.items():
+        if not isinstance(loaded[name], classes):
+            known = " or ".join(cls.__name__ for cls in classes)
+            raise InputError(f"{name}: expected a {known}, got a {type(loaded[name]).__name__}")
+    flows = (loaded["structure_flow"], loaded["latent_flow"])
+    mini = isinstance(conditioner, MiniEncoder)
+    channels = conditioner.config.latent_channels if mini else conditioner.channels
+    for flow in flows:
+        if condition_channels(flow) != channels:
             raise InputError(
-                f"the condition encoder has {conditioner.channels} channels, but the flow models were trained "
-                f"for {flow.config.cond_channels}"
+                f"the condition encoder has {channels} channels, but the flow models were trained for "
+                f"{condition_channels(flow)}"
             )
+    check_grids(loaded)
+    names = ("structure_latents", "normalization" if trellis else "latents")
+    normalizations = [
+        None
+        if values is None
+        else Normalization.of(values["mean"], values["std"], flow.config.in_channels, name)
+        for values, flow, name in zip(statistics, flows, names, strict=True)
+    ]
     return ImageTo3D(
         networks,
         conditioner,
         kind,
-        mean,
-        std,
         stages[0],
         stages[1],
-        image_size=image_size,
+        structure_normalization=normalizations[0],
+        latent_normalization=normalizations[1],
+        framing=framing,
+        trellis=trellis,
         device=options.device,
         low_memory=options.low_memory,
+        offline=options.offline,
         notes=notes or (),
     )
+
+
+def check_grids(loaded: Mapping[str, Any]) -> None:
+    """InputError where the stages work on different grids."""
+    structure, decoder = loaded["structure_flow"].config, loaded["structure_decoder"].config
+    grid = structure.resolution * 2 ** (len(decoder.channels) - 1)
+    sizes = {"the structure stage": grid}
+    sizes |= {name: loaded[name].config.resolution for name in ("latent_flow", "decoder")}
+    if len(set(sizes.values())) != 1:
+        raise InputError("the networks' grids differ: " + ", ".join(f"{k} {v}³" for k, v in sizes.items()))

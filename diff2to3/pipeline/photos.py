@@ -1,105 +1,165 @@
-"""Photos as people have them, made into the square picture of one object on black that the models were
-trained on.
-"""
+"""Photos as people have them, made into the square picture of one object that the models were trained on."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from diff2to3.errors import InputError, MissingDependencyError
+from diff2to3.errors import InputError
+from diff2to3.flow.framing import Framing, frame
+from diff2to3.pipeline.cutout import CutOut, cut_out, shrunk
 
 MAX_PIXELS = 100_000_000
+MIN_SIDE = 8
+#: Photos are shrunk to this side when they are opened.
+MAX_SIDE = 4096
+#: Formats whose further frames are an animation, rather than pages, thumbnails or depth maps.
+ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF", "FLI")
 #: A pixel belongs to the object above this alpha (of 255).
 SOLID_ALPHA = 0.8 * 255
-#: The crop's side over the longer side of the object's box.
+#: The crop's side over the longer side of the object's box, in TRELLIS.
 CROP_MARGIN = 1.2
-#: Longest side of a photo that goes into background removal.
-MAX_REMOVAL_SIDE = 1024
+
+#: A cut-out (RGBA) to the condition picture [3, size, size] in [0, 1].
+Framer = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo that is ready for a model: ``picture`` [3, size, size] in [0, 1], how its background was removed, and
+    what looks wrong with it.
+    """
+
+    picture: Tensor
+    method: str = "none"
+    notes: tuple[str, ...] = ()
+
+
+def prepare(image: Image.Image, framer: Framer, method: str = "auto", *, offline: bool = False) -> Photo:
+    """Cut the object out (:func:`diff2to3.pipeline.cutout.cut_out`) and frame it.
+
+    Raises:
+        InputError: there is no object to be seen.
+        MissingDependencyError: rembg was asked for and is not installed.
+    """
+    found: CutOut = cut_out(to_8_bit(image), method, offline=offline)
+    return Photo(framer(found.image), found.method, found.notes)
+
+
+# ---- reading ----
 
 
 def open_photo(path: str | Path) -> Image.Image:
-    """Decode an image file that Pillow reads: RGBA if it has transparency, else RGB; turned as its EXIF says.
+    """Decode an image file that Pillow reads: RGBA if it has transparency, else RGB; turned as its EXIF says;
+    shrunk to at most 4096 pixels a side.
 
     Raises:
-        InputError: no such file, not an image, damaged, or more than 100 million pixels.
+        InputError: no such file, not an image, damaged, an animation, too small, or more than 100 million pixels.
     """
+    with opened(path) as image:
+        try:
+            image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # decodes large JPEGs at a fraction of their size
+            image.load()
+            # a palette has no colours between its own, so shrinking comes after the conversion
+            return shrunk(to_8_bit(ImageOps.exif_transpose(image)), MAX_SIDE)
+        except Exception as error:  # decoders raise whatever the damage makes them meet
+            raise unreadable(Path(path), error) from error
+
+
+def check_photo(path: str | Path) -> None:
+    """What can be told without decoding the pixels; InputError as :func:`open_photo`."""
+    opened(path).close()
+
+
+def opened(path: str | Path) -> Image.Image:
+    """The file's header, checked."""
     path = Path(path)
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(f"{path}: {image.width} × {image.height} pixels are too many; at most 10⁸")
-            image.load()
-            return to_8_bit(ImageOps.exif_transpose(image))
-    except InputError:
-        raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below says it better
+            image = Image.open(path)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except Exception as error:  # decoders raise whatever the damage makes them meet
-        raise InputError(f"{path}: not an image that can be read ({error})") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path}: has too many pixels; at most 10⁸ can be read, shrink it first") from error
+    except Exception as error:
+        raise unreadable(path, error) from error
+    problem = ""
+    if image.width * image.height > MAX_PIXELS:
+        problem = (
+            f"{image.width} × {image.height} pixels are too many; at most 10⁸ can be read, shrink it first"
+        )
+    elif min(image.size) < MIN_SIDE:
+        problem = f"{image.width} × {image.height} pixels are too few; at least {MIN_SIDE} a side"
+    elif image.format in ANIMATED_FORMATS and getattr(image, "n_frames", 1) > 1:
+        problem = "an animation, not a photo; save one of its frames as a picture"
+    if problem:
+        image.close()
+        raise InputError(f"{path}: {problem}")
+    return image
+
+
+def unreadable(path: Path, error: Exception) -> InputError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return InputError(f"{path}: not an image that can be read ({reason})")
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:
     """RGB or RGBA, 8 bits a channel."""
+    if image.mode in ("RGB", "RGBA") and "transparency" not in image.info:
+        return image
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image, np.float64)
+        values = np.asarray(image)
         top = 65535.0 if values.max(initial=0) > 255 else 255.0
-        image = Image.fromarray(np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8))
+        scaled = np.clip(np.nan_to_num(values.astype(np.float32)) * (255 / top) + 0.5, 0, 255)
+        image = Image.fromarray(scaled.astype(np.uint8))
     transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     return image.convert("RGBA" if transparent else "RGB")
 
 
-def prepare_photo(image: Image.Image, size: int = 518) -> Image.Image:
-    """As TRELLIS prepares its input: the object cut out, centred in 1.2 times its box, resized,
-    premultiplied on black.
+# ---- framing ----
 
-    Transparency says what the object is; an opaque image goes through background removal (rembg).
 
-    Raises:
-        InputError: nothing in the image is opaque, or the object is a single pixel.
-        MissingDependencyError: an opaque image, and rembg is not installed.
+def frame_cut_out(image: Image.Image, framing: Framing) -> Tensor:
+    """As our models are trained (:func:`diff2to3.flow.framing.frame`)."""
+    check_object(np.asarray(image)[:, :, 3])
+    pixels = torch.from_numpy(np.array(image, np.float32)) / 255
+    return frame(pixels[:, :, :3], pixels[:, :, 3], framing)
+
+
+def frame_like_trellis(image: Image.Image, size: int) -> Tensor:
+    """As TRELLIS prepares its input: centred in 1.2 times its box, resized, premultiplied on black, rounded down to
+    bytes.
     """
-    cut_out = image if has_transparency(image) else remove_background(image)
-    alpha = np.asarray(cut_out)[:, :, 3]
-    rows, columns = np.nonzero(alpha > SOLID_ALPHA)
+    left, top, right, bottom = check_object(np.asarray(image)[:, :, 3])
+    half = max(int(max(right - left, bottom - top) * CROP_MARGIN) // 2, 1)
+    x, y = (left + right) / 2, (top + bottom) / 2
+    cropped = image.crop((x - half, y - half, x + half, y + half))  # type: ignore[arg-type]
+    pixels = np.asarray(cropped.resize((size, size), Image.Resampling.LANCZOS), np.float32) / 255
+    premultiplied = (pixels[:, :, :3] * pixels[:, :, 3:] * 255).astype(np.uint8)
+    return torch.from_numpy(premultiplied).permute(2, 0, 1).float() / 255
+
+
+def check_object(alpha: np.ndarray) -> tuple[int, int, int, int]:
+    """Inclusive bounds (left, top, right, bottom) of what is solid in uint8 [H, W]; InputError if nothing is."""
+    solid = alpha > SOLID_ALPHA
+    rows, columns = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
     if not len(rows):
         raise InputError("image: no object: nothing in it is more than 80 % opaque")
-    left, top, right, bottom = columns.min(), rows.min(), columns.max(), rows.max()
-    half = int(max(right - left, bottom - top) * CROP_MARGIN) // 2
-    if half < 1:
-        raise InputError("image: the object is smaller than two pixels")
-    x, y = (left + right) / 2, (top + bottom) / 2
-    cropped = cut_out.crop((x - half, y - half, x + half, y + half))
-    pixels = np.asarray(cropped.resize((size, size), Image.Resampling.LANCZOS), np.float32) / 255
-    premultiplied = pixels[:, :, :3] * pixels[:, :, 3:]
-    return Image.fromarray((premultiplied * 255).astype(np.uint8))
+    if max(rows[-1] - rows[0], columns[-1] - columns[0]) < 2:
+        raise InputError("image: the object is smaller than three pixels")
+    return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
 
 
-def has_transparency(image: Image.Image) -> bool:
-    return image.mode == "RGBA" and bool((np.asarray(image)[:, :, 3] < 255).any())
-
-
-def remove_background(image: Image.Image) -> Image.Image:
-    """RGBA by rembg's u2net, as TRELLIS does it; large photos are first shrunk to 1024 pixels."""
-    try:
-        import rembg
-    except ImportError as error:
-        hint = 'pip install "rembg[cpu]" (or give a PNG whose background is transparent)'
-        raise MissingDependencyError("rembg, which cuts objects out of photos,", hint=hint) from error
-    image = image.convert("RGB")
-    scale = min(1.0, MAX_REMOVAL_SIDE / max(image.size))
-    if scale < 1:
-        image = image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.LANCZOS)
-    result: Any = rembg.remove(image, session=rembg.new_session("u2net"))
-    return result
-
-
-def to_tensor(images: list[Image.Image], size: int) -> Tensor:
-    """[B, 3, size, size] in [0, 1]."""
-    arrays = [np.asarray(i.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)) for i in images]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+def as_it_is(image: Image.Image, size: int, background: float) -> Tensor:
+    """A picture that is framed already: only resized, and laid over the background where it is transparent."""
+    rgba = np.array(image.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS), np.float32) / 255
+    pixels = rgba[:, :, :3] * rgba[:, :, 3:] + background * (1 - rgba[:, :, 3:])
+    return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -1,0 +1,199 @@
+"""What generation leaves behind: a .ply, a turntable and metadata.json an asset, each set whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diff2to3 import __version__
+from diff2to3.errors import InputError, MissingDependencyError
+from diff2to3.files import sync_folder
+from diff2to3.gaussians.ply import CONVENTIONS, ply_bytes
+from diff2to3.gaussians.render import EPS2D
+from diff2to3.pipeline.turntable import DEFAULT_VIEWS, turntable
+
+if TYPE_CHECKING:
+    from diff2to3.pipeline.image_to_3d import ImageTo3D, Result
+
+#: What ``--turntable`` takes.
+TURNTABLES = ("png", "gif", "mp4", "none")
+RESOLUTION = 256
+
+
+class OutputFolder:
+    """Where results go: the folder itself for one asset, else a folder in it for each.
+
+    As a context: the folders are made on entry, so that an unwritable place is found out before anything slow begins,
+    and those that are still empty at the end are removed again.
+    """
+
+    def __init__(self, folder: Path, one_asset: bool) -> None:
+        self.folder, self.one_asset = folder, one_asset
+        self.made: list[Path] = []
+
+    def __enter__(self) -> OutputFolder:
+        self.make(self.folder)
+        try:
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            self.clean()
+            raise unwritable(self.folder, error) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.clean()
+
+    def make(self, folder: Path) -> None:
+        missing = [f for f in (folder, *folder.parents) if not f.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(folder, error) from error
+        self.made += reversed(missing)
+
+    def clean(self) -> None:
+        for folder in reversed(self.made):
+            try:
+                folder.rmdir()
+            except OSError:  # not empty: it holds results
+                pass
+
+    def replace(self, stem: str, files: Mapping[str, Path]) -> Path:
+        """Move finished files (name → where it is now) to their places; returns the folder."""
+        place = self.folder if self.one_asset else self.folder / stem
+        self.make(place)
+        for name, path in files.items():
+            os.replace(path, place / name)
+        sync_folder(place)
+        return place
+
+
+class Writer:
+    """Writes results; ``common`` and ``seconds`` go into every asset's metadata."""
+
+    def __init__(
+        self, output: OutputFolder, picture: str, common: Mapping[str, Any], seconds: Mapping[str, float]
+    ) -> None:
+        self.output, self.picture = output, picture
+        self.common, self.seconds = common, seconds
+
+    def write(self, stem: str, result: Result, own: Mapping[str, Any]) -> tuple[Path, float]:
+        """All files of one asset; returns the .ply's path and the seconds spent on the asset.
+
+        The files are written and forced to the disk under a hidden folder first, then renamed one after another.
+        """
+        ply, picture = f"{stem}.ply", f"{stem}_turntable.{self.picture}"
+        names = [ply, *([] if self.picture == "none" else [picture]), "metadata.json"]
+        seconds = {**self.seconds, **result.seconds}
+        try:
+            with tempfile.TemporaryDirectory(dir=self.output.folder, prefix=".diff2to3-") as temporary:
+                folder = Path(temporary)
+                before = time.perf_counter()
+                if self.picture != "none":
+                    draw(folder / picture, result)
+                    seconds["turntable"] = time.perf_counter() - before
+                before = time.perf_counter()
+                (folder / ply).write_bytes(ply_bytes(result.gaussians, self.note(result)))
+                seconds["ply"] = time.perf_counter() - before
+                metadata = self.metadata(result, own, seconds, names)
+                (folder / names[-1]).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+                for name in names:
+                    sync(folder / name)
+                place = self.output.replace(stem, {name: folder / name for name in names})
+        except OSError as error:
+            raise unwritable(self.output.folder / ply, error) from error
+        return place / ply, sum(seconds.values()) - seconds.get("load", 0.0)
+
+    def note(self, result: Result) -> dict[str, Any]:
+        """What the .ply says about itself."""
+        return {
+            "generator": f"diff2to3 {__version__}",
+            "seed": result.seed,
+            "screen_filter": EPS2D,
+        }
+
+    def metadata(
+        self, result: Result, own: Mapping[str, Any], seconds: Mapping[str, float], names: list[str]
+    ) -> dict[str, Any]:
+        rounded = {name: round(value, 3) for name, value in seconds.items()}
+        return {
+            **own,
+            **self.common,
+            "seed": result.seed,
+            "background_removal": [photo.method for photo in result.photos],
+            "warnings": list(result.notes),
+            "num_voxels": len(result.latents),
+            "num_gaussians": len(result.gaussians),
+            "files": names,
+            "seconds": {**rounded, "total": round(sum(seconds.values()), 3)},
+            "peak_memory_bytes": peak_memory(torch.device(self.common["device"])),
+        }
+
+
+def describe(name: str, model: ImageTo3D, device: torch.device) -> dict[str, Any]:
+    """What is the same for all assets of a run."""
+    return {
+        "model": name,
+        "frame": CONVENTIONS["frame"],
+        "color_space": CONVENTIONS["color_space"],
+        "screen_filter": EPS2D,
+        "device": str(device),
+        "dtype": str(model.networks.latent_flow.torso_dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "diff2to3": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def check_turntable(kind: str) -> None:
+    """MissingDependencyError where films cannot be written."""
+    if kind == "mp4" and find_spec("imageio_ffmpeg") is None:
+        raise MissingDependencyError("imageio-ffmpeg", "video")
+
+
+def draw(path: Path, result: Result) -> None:
+    from diff2to3.gaussians.pictures import write_frames
+
+    write_frames(path, turntable(result.gaussians, DEFAULT_VIEWS[path.suffix], RESOLUTION))
+
+
+def sync(path: Path) -> None:
+    """Force a file to the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most memory so far: of this process (host, where the system tells) and of its tensors on a GPU (device)."""
+    out = {}
+    try:
+        import resource
+    except ImportError:  # Windows
+        pass
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        out["host"] = peak if sys.platform == "darwin" else 1024 * peak
+    if device.type == "cuda":
+        out["device"] = torch.cuda.max_memory_allocated(device)
+    return out
+
+
+def unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot be written to: {error.strerror or error}")
