@@ -81,11 +81,15 @@ class Checkpoints:
             kept = f"the last good one is {self.path(last[-1])}" if last else "there is none before it"
             raise CheckpointError(f"checkpoint not written: {_reason(error)}; {kept}") from error
 
-    def finish(self) -> None:
-        """Wait for the checkpoint that is being written, if any, and raise its error."""
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written, if any."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if any, and raise its error."""
+        self.wait()
         self.check()
 
     def _write(self, step: int, tensors: Mapping[str, Tensor], info: dict[str, Any]) -> None:
@@ -96,9 +100,8 @@ class Checkpoints:
         world = self.world if sharded else World(0, 1, self.world.device)
         final, temporary = self.path(step), self.folder / f".step-{step:08d}.tmp"
         try:
-            if world.main:
-                _make_room(temporary, sum(t.numel() * t.element_size() for t in tensors.values()))
-            distributed.gathered(None, world, group)
+            size = sum(t.numel() * t.element_size() for t in tensors.values())
+            distributed.together(lambda: _make_room(temporary, size) if world.main else None, world, group)
             distributed.write_tensors(temporary, tensors, self.world)
             own = sorted(temporary.glob(f"__{self.world.rank}_*.distcp"))
             parts = distributed.gathered(_fingerprints(own), world, group)

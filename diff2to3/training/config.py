@@ -114,8 +114,8 @@ class TrainConfig:
             raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas}")
         if self.keep < 2:
             raise ValueError(f"keep: expected at least 2 checkpoints, got {self.keep}")
-        if not 0 <= self.warmup <= self.steps:
-            raise ValueError(f"warmup: expected 0 to steps = {self.steps}, got {self.warmup}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup: expected a number of steps, got {self.warmup}")
         for name in self.loggers:
             if name not in LOGGERS:
                 raise ValueError(f"loggers: expected some of {', '.join(LOGGERS)}, got {name!r}")

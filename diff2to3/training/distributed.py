@@ -8,8 +8,10 @@ gloo on the CPU, gradients and sharded weights over NCCL on GPUs.
 from __future__ import annotations
 
 import datetime
+import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +114,20 @@ def gathered(value: Any, world: World, group: Any = None) -> list[Any]:
     return box
 
 
+def together(action: Callable[[], None], world: World, group: Any = None) -> None:
+    """Do ``action`` on every process; if it fails on one, all raise OSError or RuntimeError."""
+    problem: Exception | None = None
+    try:
+        action()
+    except Exception as error:
+        problem = error
+    others = [text for text in gathered(str(problem) if problem else None, world, group) if text]
+    if problem is not None:
+        raise problem
+    if others:
+        raise RuntimeError(f"on another process: {others[0]}")
+
+
 def parallelize(
     objective: nn.Module, blocks: Iterable[nn.Module], how: str, world: World, find_unused: bool = False
 ) -> nn.Module:
@@ -122,11 +138,10 @@ def parallelize(
     if world.size == 1:
         return objective
     if how == "ddp":
+        newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+        no_buffers: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
         return DistributedDataParallel(
-            objective,
-            broadcast_buffers=False,
-            find_unused_parameters=find_unused,
-            gradient_as_bucket_view=True,
+            objective, find_unused_parameters=find_unused, gradient_as_bucket_view=True, **no_buffers
         )
     _check_shardable(objective)
     for block in blocks:
@@ -203,13 +218,23 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> 
     """
     sharded = any(is_sharded(value) for value in tensors.values())
     group = (world.storage if sharded else world.alone) if world.size > 1 else None
-    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), process_group=group)
+    with _quiet():
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), process_group=group)
 
 
 def read_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
     """Fill tensors from :func:`on_cpu` from a folder that any number of processes wrote. All call this."""
     group = world.storage if world.size > 1 else None
-    dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(folder), process_group=group)
+    with _quiet():
+        dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(folder), process_group=group)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that a process which is alone is alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def stored_tensors(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -31,6 +31,15 @@ class StopRequest:
         self.requested = False
         self.signal: signal.Signals | None = None
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was Ctrl-C."""
+        return self.signal == signal.SIGINT
+
+    @property
+    def name(self) -> str:
+        return self.signal.name if self.signal is not None else "another process"
+
     def set(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt

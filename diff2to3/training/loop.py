@@ -23,7 +23,7 @@ from diff2to3.training.records import Records
 from diff2to3.training.results import Results
 from diff2to3.training.schedules import rate_factor
 from diff2to3.training.state import TrainState
-from diff2to3.training.task import Loader, Randomness, Task, seeded
+from diff2to3.training.task import Loader, Randomness, seeded
 
 
 class Trainer:
@@ -31,7 +31,6 @@ class Trainer:
 
     def __init__(
         self,
-        task: Task,
         config: TrainConfig,
         state: TrainState,
         module: nn.Module,
@@ -44,7 +43,7 @@ class Trainer:
     ) -> None:
         """``module`` is the state's objective as :func:`distributed.parallelize` returned it; ``loaders`` are
         of this process's parts of every step."""
-        self.task, self.config, self.state, self.module = task, config, state, module
+        self.config, self.state, self.module = config, state, module
         self.loaders, self.world, self.checkpoints = loaders, world, checkpoints
         self.records, self.results, self.stop = records, results, stop
         self.parameters = list(state.trained().values())

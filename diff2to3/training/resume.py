@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
 from diff2to3.checkpoint import MODEL_FILE, load_strictly, read_bundle, read_tensors
 from diff2to3.config import config_to_dict
 from diff2to3.errors import InputError
 from diff2to3.training import distributed
 from diff2to3.training.checkpoints import Checkpoints, verified
-from diff2to3.training.state import TrainState
+from diff2to3.training.distributed import World
 
 #: Options of ``train`` that a resumed run may have otherwise.
 MAY_CHANGE = {
@@ -64,52 +67,76 @@ def _may_change(key: str) -> bool:
     return parts[-1] in MAY_CHANGE_ANYWHERE or (parts[0] == "train" and parts[1] in MAY_CHANGE)
 
 
+@contextmanager
+def only_process(out: Path, world: World) -> Iterator[None]:
+    """The run folder, made if need be and locked: InputError if another program is training in it."""
+    lock = None
+
+    def take() -> None:
+        nonlocal lock
+        if not world.main:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+        try:
+            import fcntl
+
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except (BlockingIOError, PermissionError) as error:
+            raise InputError(
+                f"{out}: another process is training here; stop it, or use another train.out"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+
+    distributed.together(take, world)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
 @torch.no_grad()
-def initialize(state: TrainState, source: Path) -> None:
-    """Weights (and averages) from a bundle's networks of the same names, or from a run's averages."""
+def initialize(objective: nn.Module, source: Path, world: World) -> None:
+    """Weights from a bundle's networks of the same names, or from a run's averages. All processes call this."""
     if (source / MODEL_FILE).is_file():
-        _from_bundle(state, source)
+        _from_bundle(objective, source)
     elif (source / "checkpoints").is_dir():
-        _from_run(state, source)
+        _from_run(objective, source, world)
     else:
         raise InputError(f"train.init_from: {source} is neither a bundle nor a run folder")
-    if state.averager is not None:
-        for name, value in state.trained().items():
-            state.averager.tensors[name].copy_(distributed.local(value))
 
 
-def _from_bundle(state: TrainState, folder: Path) -> None:
-    networks = dict(state.objective.named_children())
+def _from_bundle(objective: nn.Module, folder: Path) -> None:
+    networks = dict(objective.named_children())
     info = read_bundle(folder)
     shared = [name for name in info.networks if name in networks]
     if not shared:
         raise InputError(
             f"{folder}: none of its networks ({', '.join(info.networks)}) is one of {', '.join(networks)}"
         )
-    if any(distributed.is_sharded(value) for value in state.trained().values()):
-        raise InputError("train.init_from: a bundle cannot be loaded into a sharded model yet")
     for name in shared:
         path = folder / info.networks[name].file
         load_strictly(networks[name], read_tensors(path), path)
 
 
-def _from_run(state: TrainState, folder: Path) -> None:
-    checkpoints = Checkpoints(folder / "checkpoints", state.world)
+def _from_run(objective: nn.Module, folder: Path, world: World) -> None:
+    checkpoints = Checkpoints(folder / "checkpoints", world)
     steps = checkpoints.steps()
     if not steps:
         raise InputError(f"{folder}: the run has no checkpoint yet")
     path = checkpoints.path(steps[-1])
     verified(path)
     stored = distributed.stored_tensors(path)
-    model = state.objective.state_dict()
+    model = objective.state_dict()
     source = {name: f"ema.{name}" if f"ema.{name}" in stored else f"model.{name}" for name in model}
     for name, value in model.items():
         if stored.get(source[name]) != tuple(value.shape):
             raise InputError(f"{path}: has no tensor {name} of {list(value.shape)}")
-    read = {
-        source[name]: distributed.on_cpu(distributed.local(value), value, state.world)
-        for name, value in model.items()
-    }
-    distributed.read_tensors(path, read, state.world)
+    read = {source[name]: value.clone() for name, value in model.items()}
+    distributed.read_tensors(path, read, world)
     for name, value in model.items():
-        distributed.local(value).copy_(distributed.local(read[source[name]]))
+        value.copy_(read[source[name]])

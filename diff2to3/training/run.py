@@ -1,6 +1,6 @@
 """A training program: ``raise SystemExit(main(VaeTask, VaeRunConfig))``.
 
-python train/vae.py configs/vae/mini.yaml key=value ...                      one process
+python train/vae.py configs/vae/mini.yaml key=value ...                          one process
 torchrun --nproc-per-node 8 train/vae.py configs/vae/large.yaml key=value ...    one process a GPU
 
 The same command resumes the run in its folder.
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from diff2to3.config import config_to_dict, load_config, save_config
 from diff2to3.errors import InputError, MissingDependencyError
-from diff2to3.training import distributed, resume
+from diff2to3.training import activations, distributed, estimate, resume
 from diff2to3.training.checkpoints import CheckpointError, Checkpoints
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.distributed import World
@@ -28,8 +29,9 @@ from diff2to3.training.faults import NotFiniteError, StopRequest, stop_on_signal
 from diff2to3.training.loggers import Console, JsonLines, Logger, TensorBoard, Wandb
 from diff2to3.training.loop import Trainer
 from diff2to3.training.precision import LossScale
+from diff2to3.training.profiler import Profiler
 from diff2to3.training.records import Records
-from diff2to3.training.results import Results
+from diff2to3.training.results import Results, averaged, export
 from diff2to3.training.state import TrainState, adamw
 from diff2to3.training.task import Task, seeded
 
@@ -38,76 +40,120 @@ EXIT_FAILED = 1
 
 
 def build_parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=name, description="Train, or go on with what is in the run folder.")
+    parser = argparse.ArgumentParser(
+        prog=name, description="Train, or go on with what is in the run folder (train.out)."
+    )
     parser.add_argument("config", type=Path, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that differ: train.lr=1e-4")
     parser.add_argument(
         "--allow-changes", action="store_true", help="resume although the configuration has changed"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, print parameters and estimates of memory and speed, and end",
+    )
+    parser.add_argument(
+        "--gpu",
+        choices=sorted(estimate.GPUS),
+        default="h100",
+        help="what --dry-run estimates for (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num-gpus", type=int, default=8, help="how many of them, for --dry-run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="also profile a few steps: a trace and the ten longest operations",
+    )
+    parser.add_argument(
+        "--export", type=Path, metavar="FOLDER", help="write the newest checkpoint as a bundle, and end"
+    )
     return parser
 
 
 def main(task_class: Callable[[Any], Task], config_class: type, argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says. Returns the exit code: 0 when done or stopped by SIGTERM after saving,
-    1 when training failed, 2 for bad input."""
-    args = build_parser(Path(sys.argv[0]).name).parse_args(argv)
+    """Train as the command line says.
+
+    Returns the exit code: 0 when done, or stopped by SIGTERM after saving; 1 when training failed; 2 for bad
+    input; 130 after Ctrl-C.
+    """
+    args = build_parser(Path(sys.argv[0]).name).parse_intermixed_args(argv)
     try:
         with stop_on_signals() as stop:
             config = load_config(config_class, args.config, args.overrides)
+            task = task_class(config)
+            if args.dry_run:
+                print(estimate.report(task, config.train, args.gpu, args.num_gpus))
+                return 0
             with distributed.joined(config.train.device) as world:
-                train(task_class(config), config, world, stop, allow_changes=args.allow_changes)
-        return 0
+                if args.export is not None:
+                    export_newest(task, config.train, world, args.export)
+                else:
+                    train(task, config, world, stop, allow_changes=args.allow_changes, profile=args.profile)
+        return 130 if stop.interrupted else 0
     except (InputError, MissingDependencyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except (NotFiniteError, CheckpointError, FloatingPointError) as error:
+    except (NotFiniteError, CheckpointError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return 130
 
 
-def train(task: Task, config: Any, world: World, stop: StopRequest, *, allow_changes: bool = False) -> None:
+def train(
+    task: Task,
+    config: Any,
+    world: World,
+    stop: StopRequest,
+    *,
+    allow_changes: bool = False,
+    profile: bool = False,
+) -> None:
     """One run of a task, from where its folder stands."""
     options: TrainConfig = config.train
     out = Path(options.out)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    if world.main:
-        out.mkdir(parents=True, exist_ok=True)
-        resume.check_config(out, config, allow_changes)
-    distributed.total([0.0], world)
-    checkpoints = Checkpoints(out / "checkpoints", world, options.keep, options.keep_every)
-    state, module = build(task, options, world)
-    info = checkpoints.newest()
-    if info is not None:
-        state.load(checkpoints.path(info["step"]), info)
-    elif options.init_from is not None:
-        resume.initialize(state, Path(options.init_from))
-    if world.main:
-        save_config(config, out / "config.yaml")
-    loaders = build_loaders(task, options, state, world)
-    with records_of(config, out, state, world) as records:
-        results = Results(task, options, world, records)
+    with resume.only_process(out, world), contextlib.ExitStack() as stack:
+        distributed.together(lambda: resume.check_config(out, config, allow_changes), world)
+        checkpoints = Checkpoints(out / "checkpoints", world, options.keep, options.keep_every)
+        stack.callback(checkpoints.wait)
+        info = checkpoints.newest()
+        state, module = build(task, options, world, fresh=info is None)
         if info is not None:
-            records.put("event", state.step, {"event": "resumed", "processes": world.size})
-        trainer = Trainer(task, options, state, module, loaders, world, checkpoints, records, results, stop)
-        if trainer.fit():
+            state.load(checkpoints.path(info["step"]), info)
+        if world.main:
+            save_config(config, out / "config.yaml")
+        loaders = build_loaders(task, options, state, world)
+        records = stack.enter_context(records_of(config, out, state, world))
+        if info is not None:
+            note_resumption(records, state, info, options, world)
+        results = Results(task, options, world, records)
+        trainer = Trainer(options, state, module, loaders, world, checkpoints, records, results, stop)
+        if trainer.fit(Profiler(out, world) if profile else None):
             results.make(state, {"export"})
         else:
-            records.put(
-                "event",
-                state.step,
-                {"event": f"stopped by {stop.signal.name if stop.signal else 'another process'}"},
-            )
+            records.put("event", state.step, {"event": f"stopped by {stop.name}"})
 
 
-def build(task: Task, config: TrainConfig, world: World) -> tuple[TrainState, torch.nn.Module]:
-    """The state of step 0, and the module that training calls."""
+def build(
+    task: Task, config: TrainConfig, world: World, *, fresh: bool = True
+) -> tuple[TrainState, nn.Module]:
+    """The state of step 0 (with the weights of ``init_from`` if ``fresh``), and the module that training
+    calls."""
     with seeded(config.seed):
         objective = task.objective()
+    if fresh and config.init_from is not None:
+        resume.initialize(objective, Path(config.init_from), world)
     objective.to(world.device).train()
     blocks = task.blocks(objective)
+    if config.checkpoint_blocks:
+        activations.recompute(blocks)
+    if config.compile:
+        activations.compile_blocks(blocks)
     module = distributed.parallelize(objective, blocks, config.parallel, world, config.find_unused)
     weights = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     if not weights:
@@ -132,21 +178,49 @@ def build_loaders(task: Task, config: TrainConfig, state: TrainState, world: Wor
     return loaders
 
 
+def note_resumption(
+    records: Records, state: TrainState, info: dict[str, Any], config: TrainConfig, world: World
+) -> None:
+    """An event in the log, and a warning if steps now have more or fewer parts."""
+    parts = world.size * config.accumulate
+    records.put("event", state.step, {"event": "resumed", "processes": world.size})
+    if parts != info["parts"] and world.main:
+        print(
+            f"warning: a step had {info['parts']} parts (processes x accumulate) and now has {parts}: unless the "
+            "parts' sizes change with it, the batch is another; set train.accumulate to keep it",
+            file=sys.stderr,
+        )
+
+
+def export_newest(task: Task, config: TrainConfig, world: World, folder: Path) -> None:
+    """Write the averaged weights of the run's newest checkpoint as a bundle."""
+    checkpoints = Checkpoints(Path(config.out) / "checkpoints", world)
+    info = checkpoints.newest()
+    if info is None:
+        raise InputError(f"{config.out}: the run has no checkpoint yet")
+    state, _ = build(task, config, world, fresh=False)
+    state.load(checkpoints.path(info["step"]), info)
+    with averaged(state, task, config) as objective:
+        if objective is not None:
+            export(task, objective, folder)
+            print(f"step {state.step}: {folder}")
+
+
 @contextlib.contextmanager
 def records_of(config: Any, out: Path, state: TrainState, world: World) -> Iterator[Records]:
     """The run's loggers, on the main process."""
     options: TrainConfig = config.train
     loggers: list[Logger] = []
-    if world.main:
-        loggers.append(JsonLines(out / "log.jsonl", state.step))
+    with contextlib.ExitStack() as stack:
+        makers: list[Callable[[], Logger]] = [lambda: JsonLines(out / "log.jsonl", state.step)]
         if "console" in options.loggers:
-            loggers.append(Console(state.step, options.steps))
+            makers.append(lambda: Console(state.step, options.steps))
         if "tensorboard" in options.loggers:
-            loggers.append(TensorBoard(out, state.step))
+            makers.append(lambda: TensorBoard(out, state.step))
         if "wandb" in options.loggers:
-            loggers.append(Wandb(out, config_to_dict(config), options.wandb_project, options.wandb_mode))
-    records = Records(loggers, world)
-    try:
-        yield records
-    finally:
-        records.close()
+            project, mode = options.wandb_project, options.wandb_mode
+            makers.append(lambda: Wandb(out, config_to_dict(config), project, mode))
+        for make in makers if world.main else []:
+            loggers.append(make())
+            stack.callback(loggers[-1].close)
+        yield Records(loggers, world)
