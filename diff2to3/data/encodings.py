@@ -30,7 +30,8 @@ from diff2to3.config import config_from_dict
 from diff2to3.data.schema import DataConfig
 from diff2to3.data.shards import Part
 from diff2to3.errors import InputError
-from diff2to3.types import SparseVoxels
+from diff2to3.flow.framing import Framing, frame_views
+from diff2to3.types import SparseVoxels, Views
 
 if TYPE_CHECKING:
     from diff2to3.data.plan import PlannedAsset
@@ -190,6 +191,8 @@ class TokenStage(BundleStage):
             "version": 1,
             "views": self.chosen.views,
             "num_views": self.chosen.num_views,
+            "margin": self.chosen.margin,
+            "size": self.chosen.size,
             "background": self.chosen.background,
             "encoder": self.fingerprint(),
         }
@@ -201,11 +204,18 @@ class TokenStage(BundleStage):
         with clock("read"):
             views = stored.views(range(min(total, self.chosen.num_views or total)))
         with clock("encode"):
-            images = views.composite(self.chosen.background).permute(0, 3, 1, 2)
+            images = self.pictures(views)
             latents = torch.cat([self.network(image) for image in images.split(8)])
         members = {f"{i:03d}.safetensors": pack(latents=latent) for i, latent in enumerate(latents)}
         rows = latents.permute(0, 2, 3, 1).flatten(0, 2)
         return Part(members, {"num_views": len(views), **moments(rows)})
+
+    def pictures(self, views: Views) -> Tensor:
+        """[V, 3, size, size] as the encoder sees them."""
+        if self.chosen.margin is None:
+            return views.composite(self.chosen.background).permute(0, 3, 1, 2)
+        framing = Framing(self.chosen.size or views.width, self.chosen.margin, self.chosen.background)
+        return frame_views(views.images, views.alphas, framing)
 
 
 def pack(**tensors: Tensor) -> bytes:

@@ -138,12 +138,17 @@ class TokenSetConfig:
     bundle      folder of a bundle with the network ``image_encoder``
     views       the view set
     num_views   the first so many of each asset's; null for all
+    margin      side of the picture over the longer side of the object's box in it: views are cropped to the object
+                exactly as generation crops a photo (diff2to3.flow.framing); null: views as they are
+    size        pixels a side after cropping; null for the views' size
     background  grey level behind the object
     """
 
     bundle: str = MISSING
     views: str = "cond"
     num_views: int | None = None
+    margin: float | None = 1.2
+    size: int | None = None
     background: float = 0.5
 
 
