@@ -16,7 +16,7 @@ def recompute(blocks: Iterable[nn.Module]) -> None:
     same numbers again.
     """
     for block in blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:

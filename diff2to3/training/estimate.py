@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -153,7 +153,8 @@ def _batches(task: Task, config: TrainConfig) -> tuple[Any, Any]:
         data = task.config.data
         loader = dataclasses.replace(data.loader, max_assets_per_batch=1, num_workers=0)
         smaller = dataclasses.replace(task.config, data=dataclasses.replace(data, loader=loader))
-        return next(iter(type(task)(smaller).loader(config.seed, 0, 1))), full
+        make: Callable[[Any], Task] = type(task)
+        return next(iter(make(smaller).loader(config.seed, 0, 1))), full
     except (AttributeError, TypeError):
         return full, full
 

@@ -9,14 +9,19 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from diff2to3.errors import InputError, MissingDependencyError
 from diff2to3.files import write_atomic
 
 
 class Logger(Protocol):
-    """Takes records: ``kind`` is "train", "validate" or "event"; values are numbers (events: also text)."""
+    """Takes records, whose ``kind`` is "train", "validate" or "event" and whose values are numbers (events: also
+    text), and pictures, uint8 [H, W, 3]."""
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None: ...
+
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None: ...
 
     def close(self) -> None: ...
 
@@ -34,6 +39,9 @@ class JsonLines:
         record = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
+        """Pictures are files of their own."""
 
     def close(self) -> None:
         self._file.close()
@@ -73,6 +81,9 @@ class Console:
         else:
             print(line, flush=True)
 
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
+        """Pictures are files of their own."""
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
@@ -95,6 +106,9 @@ class TensorBoard:
             else:
                 self._writer.add_text(f"{kind}/{name}", str(value), step)
 
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
+
     def close(self) -> None:
         self._writer.close()
 
@@ -115,7 +129,7 @@ class Wandb:
                 project=project,
                 id=id_file.read_text().strip(),
                 resume="allow",
-                mode=mode,
+                mode="offline" if mode == "offline" else "online",
                 dir=str(folder),
                 name=folder.name,
                 config=config,
@@ -127,6 +141,11 @@ class Wandb:
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Image(pixels)}, step=step)
 
     def close(self) -> None:
         self._run.finish()

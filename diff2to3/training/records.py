@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from diff2to3.training import distributed
@@ -55,6 +56,10 @@ class Records:
         """A record of another kind."""
         for logger in self.loggers:
             logger.write(kind, step, values)
+
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
+        for logger in self.loggers:
+            logger.picture(name, step, pixels)
 
     def advance(self, step: int) -> None:
         for logger in self.loggers:

@@ -56,7 +56,11 @@ class Results:
         folder = self.out / "samples"
         for name, picture in pictures.items():
             folder.mkdir(exist_ok=True)
-            save_picture(folder / f"step-{step:08d}-{name}.png", picture)
+            pixels = to_pixels(name, picture)
+            temporary = folder / f".{name}.tmp"
+            Image.fromarray(pixels).save(temporary, "PNG")
+            os.replace(temporary, folder / f"step-{step:08d}-{name}.png")
+            self.records.picture(name, step, pixels)
 
 
 @contextmanager
@@ -120,11 +124,8 @@ def export(task: Task, objective: nn.Module, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_picture(path: Path, picture: Tensor) -> None:
-    """[H, W, 3] in [0, 1] as PNG."""
+def to_pixels(name: str, picture: Tensor) -> np.ndarray:
+    """[H, W, 3] in [0, 1] as uint8."""
     if picture.ndim != 3 or picture.shape[2] != 3:
-        raise ValueError(f"{path.stem}: expected a picture [H, W, 3], got {list(picture.shape)}")
-    pixels = picture.detach().float().cpu().clamp(0, 1).mul(255).round().numpy().astype(np.uint8)
-    temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(pixels).save(temporary, "PNG")
-    os.replace(temporary, path)
+        raise ValueError(f"{name}: expected a picture [H, W, 3], got {list(picture.shape)}")
+    return picture.detach().float().cpu().clamp(0, 1).mul(255).round().numpy().astype(np.uint8)

@@ -82,7 +82,7 @@ def main(task_class: Callable[[Any], Task], config_class: type, argv: Sequence[s
     args = build_parser(Path(sys.argv[0]).name).parse_intermixed_args(argv)
     try:
         with stop_on_signals() as stop:
-            config = load_config(config_class, args.config, args.overrides)
+            config: Any = load_config(config_class, args.config, args.overrides)
             task = task_class(config)
             if args.dry_run:
                 print(estimate.report(task, config.train, args.gpu, args.num_gpus))

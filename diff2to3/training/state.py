@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from diff2to3.training.precision import LossScale
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def adamw(weights: dict[str, Tensor], config: TrainConfig) -> torch.optim.AdamW:
+def adamw(weights: Mapping[str, Tensor], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW; weight decay on tensors with two or more axes alone."""
     decayed = [value for value in weights.values() if value.ndim >= 2]
     others = [value for value in weights.values() if value.ndim < 2]
@@ -60,7 +61,7 @@ class TrainState:
         for name, weight in self.trained().items():
             if self.averager is not None:
                 places[f"ema.{name}"] = (self.averager.tensors[name], weight)
-            moments = self.optimizer.state.get(weight)
+            moments = self.optimizer.state.get(weight) or {}
             for moment in _MOMENTS if moments else ():
                 places[f"{moment}.{name}"] = (distributed.local(moments[moment]), weight)
         return places

@@ -96,15 +96,15 @@ def seeded(number: int, device: torch.device | None = None) -> Iterator[None]:
 
     For layers that draw from them: initialisation and dropout.
     """
-    cuda = device is not None and device.type == "cuda"
     before = torch.get_rng_state()
-    before_cuda = torch.cuda.get_rng_state(device) if cuda else None
+    gpu = device if device is not None and device.type == "cuda" else None
+    before_gpu = torch.cuda.get_rng_state(gpu) if gpu is not None else None
     torch.set_rng_state(torch.Generator().manual_seed(number).get_state())
-    if cuda:
-        torch.cuda.set_rng_state(torch.Generator(device).manual_seed(number).get_state(), device)
+    if gpu is not None:
+        torch.cuda.set_rng_state(torch.Generator(gpu).manual_seed(number).get_state(), gpu)
     try:
         yield
     finally:
         torch.set_rng_state(before)
-        if before_cuda is not None:
-            torch.cuda.set_rng_state(before_cuda, device)
+        if gpu is not None and before_gpu is not None:
+            torch.cuda.set_rng_state(before_gpu, gpu)
