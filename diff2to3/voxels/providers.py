@@ -6,6 +6,7 @@
     flux2              32        8       FLUX.2's autoencoder            black-forest-labs/FLUX.2-klein-4B
     taef2              32        8       its tiny distillation           madebyollin/taef2
     dinov2_vitl14_reg  1024      14      DINOv2 ViT-L/14 with registers  facebook/dinov2-with-registers-large
+    mini               32        8       MiniEncoder, distilled from TAEF2    in this package
     rgb                3         1       none: the colours, box-filtered when a stride is given
     rgb_stats          6         8       none: mean and standard deviation of the colours in each cell
 
@@ -28,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diff2to3.errors import InputError, MissingDependencyError
+from diff2to3.voxels.mini_encoder import WEIGHTS as MINI_WEIGHTS
+from diff2to3.voxels.mini_encoder import load_mini_encoder
 from diff2to3.voxels.taesd import load_taesd
 
 
@@ -125,6 +128,17 @@ class TaesdFeatures(_Network):
 
     def __init__(self, encoder: nn.Sequential) -> None:
         super().__init__(encoder[-1].out_channels)  # type: ignore[arg-type]
+        self.encoder = encoder
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+
+class MiniFeatures(_Network):
+    """The mini preset's own encoder, distilled from TAEF2."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__(encoder.config.latent_channels)  # type: ignore[union-attr]
         self.encoder = encoder
 
     def features(self, x: Tensor) -> Tensor:
@@ -241,6 +255,11 @@ def _load_tiny(source: str, filename: str, channels: int, offline: bool) -> _Net
     return network
 
 
+def _load_mini(weights: str | None, offline: bool) -> _Network:
+    path = None if weights is None else _find_file(weights, "image_encoder.safetensors", offline)
+    return MiniFeatures(load_mini_encoder(path))
+
+
 #: name -> loader of (weights, offline)
 #: The feature set that is no image encoder: statistics of the pixels in each voxel (diff2to3.voxels.surface).
 SURFACE = "surface"
@@ -250,6 +269,7 @@ PROVIDERS: dict[str, Callable[[str | None, bool], Any]] = {
     "taef1": _load_taef1,
     "flux2": _load_flux2,
     "taef2": _load_taef2,
+    "mini": _load_mini,
     "dinov2_vitl14_reg": _load_dinov2,
     "rgb": lambda weights, offline: RgbFeatures(1),
     "rgb_stats": lambda weights, offline: RgbFeatures(8, statistics=True),
@@ -323,8 +343,13 @@ def _not_found(source: str, filename: str, offline: bool, error: Exception) -> s
     )
 
 
-def weights_fingerprint(weights: str | None) -> str:
-    """What identifies weights: a hub name itself, or a SHA-256 over a local file or folder's safetensors."""
+def weights_fingerprint(weights: str | None, provider: str | None = None) -> str:
+    """What identifies weights: a hub name itself, or a SHA-256 over a local file or folder's safetensors.
+
+    ``provider``: whose weights they are; those that come with the package (mini) are a local file too.
+    """
+    if weights is None and provider == "mini":
+        weights = str(MINI_WEIGHTS)
     if weights is None or not _is_local(weights):
         return weights or "published"
     path = Path(weights).expanduser()
