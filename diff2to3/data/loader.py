@@ -316,7 +316,8 @@ def _stages(root: Path, config: LoaderConfig) -> tuple[list[str], str]:
         stored = [int(name.removeprefix("voxels_")) for name in prepared if name.startswith("voxels_")]
         if not stored:
             raise InputError(f"{root}: no voxels to balance batches by; prepare the stage voxels")
-        grid = f"voxels_{max(config.occupancy or stored)}"
+        read = [int(s.removeprefix("voxels_")) for s in stages if s.startswith("voxels_")]
+        grid = f"voxels_{max(read or stored)}"
     return list(dict.fromkeys([*stages, grid])), grid
 
 

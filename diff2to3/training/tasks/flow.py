@@ -1,0 +1,254 @@
+"""Training the flow models of both stages on stored latents: configuration, data, pictures, validation, bundle."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diff2to3.checkpoint import BundleInfo, NetworkEntry, read_bundle, save_bundle
+from diff2to3.config import MISSING, config_to_dict
+from diff2to3.data.encodings import statistics
+from diff2to3.data.loader import LoaderConfig, TrainLoader
+from diff2to3.data.plan import PlannedAsset
+from diff2to3.data.store import AssetStore
+from diff2to3.errors import InputError
+from diff2to3.flow.matching import noised, squared_error, target_velocity
+from diff2to3.flow.networks import FlowConfig, build_network, predict, velocity_of
+from diff2to3.flow.samplers import SAMPLERS, guided, timesteps
+from diff2to3.flow.tokens import ImageTokens
+from diff2to3.training.config import TrainConfig
+from diff2to3.training.task import Randomness
+from diff2to3.training.tasks.flow_objective import FlowLossConfig, FlowObjective, Normalization, Statistics
+from diff2to3.training.tasks.flow_pictures import Judge
+from diff2to3.types import SparseVoxels
+
+#: Times at which validation measures the loss.
+VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(frozen=True)
+class FlowDataConfig:
+    """What is read, all of it made by ``diff2to3 data prepare``.
+
+    root     a prepared dataset
+    latents  stage of the latents to learn: structures_<name> or latents_<name>
+    tokens   stage of the condition images' latents
+    bundle   folder with the decoder of these latents, for pictures and scores, and with their statistics (else
+             those of the training split are taken); null for neither
+    validation_assets  how many of split ``val`` validation takes; spread evenly over the split
+    """
+
+    root: str = MISSING
+    latents: str = MISSING
+    tokens: str = MISSING
+    bundle: str | None = None
+    validation_assets: int = 32
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How the model is sampled, in validation and by whoever loads its bundle."""
+
+    sampler: str = "euler"
+    num_steps: int = 25
+    guidance_scale: float = 3.0
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+        if len(self.guidance_interval) != 2:
+            raise ValueError(f"guidance_interval: expected [low, high], got {self.guidance_interval}")
+
+
+@dataclass(frozen=True)
+class FlowRunConfig:
+    """A training run of one stage."""
+
+    data: FlowDataConfig = field(default_factory=FlowDataConfig)
+    model: FlowConfig = field(default_factory=FlowConfig)
+    loss: FlowLossConfig = field(default_factory=FlowLossConfig)
+    sampling: SamplerConfig = field(default_factory=SamplerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        kind = "latents_" if self.model.stage == "latents" else "structures_"
+        if not self.data.latents.startswith(kind) and self.data.latents != MISSING:
+            raise ValueError(
+                f"data.latents: stage {self.model.stage} learns {kind}<name>, got {self.data.latents!r}"
+            )
+
+
+class FlowTask:
+    """See :class:`diff2to3.training.task.Task`."""
+
+    def __init__(self, config: FlowRunConfig) -> None:
+        self.config = config
+        self.judge = Judge(config.data.bundle, config.model.stage) if config.data.bundle else None
+
+    def objective(self) -> FlowObjective:
+        c = self.config
+        objective = FlowObjective(
+            build_network(c.model),
+            c.loss,
+            Normalization(self.latent_statistics()),
+            Normalization(self.statistics(c.data.tokens)),
+            c.data.latents,
+            c.data.tokens,
+            c.model.resolution,
+        )
+        objective.image_patch_size = c.model.image_patch_size
+        return objective
+
+    def blocks(self, objective: nn.Module) -> list[nn.Module]:
+        network: Any = objective.network
+        if hasattr(network, "double_blocks"):
+            return [*network.double_blocks, *network.single_blocks]
+        return list(network.blocks)
+
+    def loader(self, seed: int, rank: int, world_size: int) -> TrainLoader:
+        data = self.config.data
+        config = replace(data.loader, tensors=self.tensor_names())
+        return TrainLoader(data.root, config, seed=seed, rank=rank, world_size=world_size)
+
+    def tensor_names(self) -> list[str]:
+        data, model = self.config.data, self.config.model
+        grid = [f"voxels_{model.resolution}/coords.safetensors"] if model.stage == "latents" else []
+        return [f"{data.latents}/latents.safetensors", f"{data.tokens}/*.safetensors", *grid]
+
+    def statistics(self, stage: str) -> Statistics:
+        """Of every channel over the training split, from what the stage noted."""
+        store = AssetStore(self.config.data.root, [stage])
+        assets = store.assets(self.config.data.loader.split)
+        if not assets:
+            raise InputError(f"{self.config.data.root}: {stage} holds no asset to train on")
+        return statistics([store.info(asset, stage) for asset in assets])
+
+    def latent_statistics(self) -> Statistics:
+        """Those saved with the autoencoder (P3.3), or the training split's."""
+        data = self.config.data
+        if data.bundle:
+            name = "latents" if self.config.model.stage == "latents" else "structure_latents"
+            saved = read_bundle(Path(data.bundle)).settings.get(name)
+            if saved is not None:
+                return {"mean": list(saved["mean"]), "std": list(saved["std"])}
+        return self.statistics(data.latents)
+
+    # ---- validation ----
+
+    def validation(self, count: int) -> tuple[AssetStore, list[PlannedAsset]]:
+        """The store, and ``count`` assets of the split ``val`` (or of those trained on, where it is empty)."""
+        data = self.config.data
+        stages = [name.partition("/")[0] for name in self.tensor_names()]
+        truths = self.judge.stages(self.config.model.resolution) if self.judge else []
+        store = AssetStore(data.root, list(dict.fromkeys([*stages, *truths])))
+        assets = store.assets("val") or store.assets(data.loader.split)
+        return store, spread(assets, count)
+
+    def read(self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset]) -> Any:
+        """Normalised latents and the tokens of one view an asset: another view for every asset."""
+        tensors: dict[str, list[dict[str, Tensor]]] = {}
+        for name in self.tensor_names():
+            stage, _, pattern = name.partition("/")
+            items = []
+            for k, asset in enumerate(assets):
+                stored = store.open(asset, stage)
+                members = sorted(fnmatch.filter(stored.entry.members, pattern))
+                items.append(stored.tensors(members[k * 7 % len(members)]))
+            tensors[name] = items
+        device = next(objective.parameters()).device
+        tensors = {
+            n: [{k: v.to(device) for k, v in i.items()} for i in items] for n, items in tensors.items()
+        }
+        return objective.data(tensors)
+
+    def generate(
+        self, objective: FlowObjective, latents: Tensor | SparseVoxels, image: ImageTokens
+    ) -> Tensor:
+        """Latents (not normalised) for these images, from fixed noise; ``latents`` give shape and voxels."""
+        c = self.config.sampling
+        shape = latents.feats.shape if isinstance(latents, SparseVoxels) else latents.shape
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(image.feats.device)
+        absent = ImageTokens.none(image.batch_size, image.channels, image.feats.device)
+        low, high = c.guidance_interval
+        velocity = guided(
+            velocity_of(objective.network, latents, image),
+            velocity_of(objective.network, latents, absent),
+            c.guidance_scale,
+            (low, high),
+        )
+        z = SAMPLERS[c.sampler](velocity, noise, timesteps(c.num_steps, c.shift))
+        return objective.latents.invert(z)
+
+    def samples(self, objective: nn.Module, randomness: Randomness) -> dict[str, Tensor]:
+        """Truth above what is generated from one view, for eight assets of the validation."""
+        assert isinstance(objective, FlowObjective)
+        if self.judge is None:
+            return {}
+        store, assets = self.validation(8)
+        latents, image = self.read(objective, store, assets)
+        made = self.generate(objective, latents, image)
+        return {"generated": self.judge.picture(store, assets, latents, made)}
+
+    def validate(self, objective: nn.Module) -> dict[str, float]:
+        """The loss at fixed times and noise, and what the generated objects score."""
+        assert isinstance(objective, FlowObjective)
+        store, assets = self.validation(self.config.data.validation_assets)
+        numbers: dict[str, list[float]] = {}
+        for start in range(0, len(assets), 16):
+            chosen = assets[start : start + 16]
+            latents, image = self.read(objective, store, chosen)
+            for t in VALIDATION_TIMES:
+                numbers.setdefault(f"loss_{t}", []).extend(fixed_loss(objective, latents, image, t))
+            if self.judge is not None:
+                made = self.generate(objective, latents, image)
+                for name, values in self.judge.scores(store, chosen, latents, made).items():
+                    numbers.setdefault(name, []).extend(values)
+        means = {name: sum(values) / len(values) for name, values in numbers.items() if values}
+        means["loss"] = sum(means[f"loss_{t}"] for t in VALIDATION_TIMES) / len(VALIDATION_TIMES)
+        return means
+
+    def export(self, objective: nn.Module, folder: Path) -> None:
+        """The network in float16, what normalises its inputs, and how it is sampled."""
+        assert isinstance(objective, FlowObjective)
+        network: Any = objective.network
+        structure = self.config.model.stage == "structure"
+        name, latents = ("structure_flow", "structure_latents") if structure else ("latent_flow", "latents")
+        config = config_to_dict(network.config)
+        entry = NetworkEntry(type(network).__name__, config, f"{name}.safetensors")
+        settings = {
+            latents: objective.latents.statistics(),
+            "image_latents": objective.image.statistics(),
+            "samplers": {"structure" if structure else "latent": config_to_dict(self.config.sampling)},
+        }
+        info = BundleInfo("flow", {name: entry}, settings, license="MIT", source="trained by train/flow.py")
+        state = {key: value.half() for key, value in network.state_dict().items()}
+        save_bundle(folder, info, {name: state})
+
+
+def spread(assets: list[PlannedAsset], count: int) -> list[PlannedAsset]:
+    """``count`` of them, evenly spaced."""
+    count = min(count, len(assets))
+    return [assets[i * len(assets) // count] for i in range(count)]
+
+
+def fixed_loss(
+    objective: FlowObjective, latents: Tensor | SparseVoxels, image: ImageTokens, t: float
+) -> list[float]:
+    """The loss of every item at time ``t``, always with the same noise."""
+    data = latents.feats if isinstance(latents, SparseVoxels) else latents
+    noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(1)).to(data.device)
+    z = noised(data, noise, torch.tensor(t))
+    noisy = latents.with_feats(z) if isinstance(latents, SparseVoxels) else z
+    times = torch.full((image.batch_size,), t, device=data.device)
+    velocity = predict(objective.network, noisy, times, image)
+    bounds = latents.cu_seqlens if isinstance(latents, SparseVoxels) else None
+    values: list[float] = squared_error(velocity, target_velocity(data, noise), bounds).tolist()
+    return values

@@ -1,0 +1,137 @@
+"""The loss of a flow model on stored latents (P3.3).
+
+batch.tensors ─normalise─▶ z_0, image tokens ─▶ z_t = (1 − t) z_0 + t ε ─network─▶ v ↔ ε − z_0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diff2to3.data.encodings import MEMBER
+from diff2to3.flow.matching import PathConfig, draw_times, noised, squared_error, target_velocity
+from diff2to3.flow.networks import predict
+from diff2to3.flow.tokens import ImageTokens
+from diff2to3.types import SparseVoxels
+
+Statistics = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class FlowLossConfig:
+    """path: the times that are learnt at. image_dropout: how often the image is left out, for guidance."""
+
+    path: PathConfig = field(default_factory=PathConfig)
+    image_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.image_dropout <= 1:
+            raise ValueError(f"image_dropout: expected a probability, got {self.image_dropout}")
+
+
+class Normalization(nn.Module):
+    """(x − mean) / std a channel, and back. Saved with the weights."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, statistics: Statistics) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(statistics["mean"], dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(statistics["std"], dtype=torch.float32))
+
+    def forward(self, x: Tensor, axis: int = 1) -> Tensor:
+        return (x - self.along(self.mean, x, axis)) / self.along(self.std, x, axis)
+
+    def invert(self, x: Tensor, axis: int = 1) -> Tensor:
+        return x * self.along(self.std, x, axis) + self.along(self.mean, x, axis)
+
+    def along(self, values: Tensor, x: Tensor, axis: int) -> Tensor:
+        shape = [1] * x.ndim
+        shape[axis] = -1
+        return values.reshape(shape)
+
+    def statistics(self) -> Statistics:
+        return {"mean": self.mean.tolist(), "std": self.std.tolist()}
+
+
+class FlowObjective(nn.Module):
+    """A velocity network and its loss. forward(batch, randomness) → {"loss": [B]}."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: FlowLossConfig,
+        latents: Normalization,
+        image: Normalization,
+        latent_stage: str,
+        token_stage: str,
+        resolution: int,
+    ) -> None:
+        """``resolution``: of the voxels that sparse latents are on."""
+        super().__init__()
+        self.network, self.loss = network, loss
+        self.latents, self.image = latents, image
+        self.latent_stage, self.token_stage, self.resolution = latent_stage, token_stage, resolution
+        self.image_patch_size = 0
+
+    @property
+    def sparse(self) -> bool:
+        return self.latent_stage.startswith("latents_")
+
+    def tensor_names(self) -> list[str]:
+        """What the loader reads."""
+        grid = [f"voxels_{self.resolution}/coords.safetensors"] if self.sparse else []
+        return [f"{self.latent_stage}/{MEMBER}", f"{self.token_stage}/*.safetensors", *grid]
+
+    def data(self, tensors: dict[str, list[dict[str, Tensor]]]) -> tuple[Tensor | SparseVoxels, ImageTokens]:
+        """Normalised latents and image tokens of a batch as :meth:`tensor_names` were read."""
+        latent_name, token_name, *grids = self.tensor_names()
+        stored = [item["mean"].float() for item in tensors[latent_name]]
+        images = torch.stack([item["latents"].float() for item in tensors[token_name]])
+        image = ImageTokens.from_latents(self.image(images), self.image_patch_size)
+        if not grids:
+            return self.latents(torch.stack(stored)), image
+        feats = self.latents(torch.cat(stored))
+        return voxels_of([item["coords"] for item in tensors[grids[0]]], feats, self.resolution), image
+
+    def forward(self, batch: Any, randomness: Any) -> dict[str, Tensor]:
+        latents, image = self.data(batch.tensors)
+        generators = [randomness.generator(i, "flow") for i in batch.ids]
+        t = torch.cat([draw_times(self.loss.path, 1, g) for g in generators])
+        drop = torch.cat([torch.rand(1, generator=g) for g in generators]) < self.loss.image_dropout
+        device = image.feats.device
+        t, image = t.to(device), image.drop(drop.to(device))
+        if isinstance(latents, SparseVoxels):
+            lengths = latents.cu_seqlens.diff().tolist()
+            shapes = [(n, latents.feats.shape[1]) for n in lengths]
+            noise = torch.cat(draw(shapes, generators)).to(device)
+            times = torch.repeat_interleave(t, latents.cu_seqlens.diff().long())[:, None]
+            noisy: Tensor | SparseVoxels = latents.with_feats(noised(latents.feats, noise, times))
+            target, bounds = target_velocity(latents.feats, noise), latents.cu_seqlens
+        else:
+            noise = torch.stack(draw([tuple(latents.shape[1:])] * len(t), generators)).to(device)
+            noisy = noised(latents, noise, t.reshape(-1, 1, 1, 1, 1))
+            target, bounds = target_velocity(latents, noise), None
+        velocity = predict(self.network, noisy, t, image)
+        return {"loss": squared_error(velocity, target, bounds)}
+
+
+def draw(shapes: Sequence[tuple[int, ...]], generators: Sequence[torch.Generator]) -> list[Tensor]:
+    """Noise an item, on the CPU in float32, so that it is the same on any device and however items are dealt."""
+    return [torch.randn(shape, generator=g) for shape, g in zip(shapes, generators, strict=True)]
+
+
+def voxels_of(coords: Sequence[Tensor], feats: Tensor, resolution: int) -> SparseVoxels:
+    """One batch from each item's cells [N, 3] and all features [ΣN, C]."""
+    rows = [
+        torch.cat([torch.full_like(c[:, :1], i, dtype=torch.int32), c.to(torch.int32)], 1)
+        for i, c in enumerate(coords)
+    ]
+    packed = torch.cat(rows)
+    lengths = torch.tensor([0, *(len(c) for c in coords)], device=packed.device)
+    return SparseVoxels(packed, feats, resolution, lengths.cumsum(0).to(torch.int32))
