@@ -123,7 +123,7 @@ def draw_panel(title: str, curves: Sequence[Curve]) -> Image.Image:
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About ``count`` round numbers (1, 2 or 5 times a power of ten apart) that span [low, high]."""
     span = high - low
-    if span <= 0:
+    if span <= 1e-9 * max(abs(low), abs(high), 1e-30):  # flat, as far as labels can tell
         span = abs(low) or 1.0
         low, high = low - span / 2, high + span / 2
     power = 10.0 ** math.floor(math.log10(span / count))
