@@ -60,7 +60,7 @@ def frame(image: Tensor, alpha: Tensor, framing: Framing) -> Tensor:
         return image.new_full((3, size, size), framing.background)
     left, top, right, bottom = box
     side = max(round(max(right - left, bottom - top) * framing.margin), 1)
-    x, y = round((left + right - side) / 2), round((top + bottom - side) / 2)
+    x, y = (left + right - side) // 2, (top + bottom - side) // 2
     height, width = alpha.shape
     premultiplied = torch.cat([image * alpha[..., None], alpha[..., None]], -1).permute(2, 0, 1)
     kept = premultiplied[:, max(y, 0) : y + side, max(x, 0) : x + side]

@@ -7,6 +7,7 @@ StructureSMDiT, LatentSMDiT    image latents [B, C, h, w] → patches  no token 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diff2to3.errors import InputError
+from diff2to3.flow import networks
 from diff2to3.flow.samplers import (
     SAMPLERS,
     Step,
@@ -69,47 +71,38 @@ class Conditions:
     """What a batch of B objects is generated from.
 
     present  one entry an image of each object (or its text): tokens [B, L, C] or image latents [B, C, h, w]
-    absent   tokens [B, L', C] that stand for no condition; None where the network takes no tokens at all for that
+    absent   tokens [B, L', C] that stand for no condition; None with image latents
     """
 
     present: tuple[Tensor, ...]
     absent: Tensor | None = None
 
 
-def structure_velocity(flow: Any, batch_size: int, device: torch.device) -> VelocityOf:
-    """Of dense latents [B, C, r, r, r]."""
+def velocities(flow: nn.Module, noise: Tensor | SparseVoxels) -> VelocityOf:
+    """How a network moves ``noise``: dense latents [B, C, r, r, r], or latents on voxels."""
+    batch_size = noise.batch_size if isinstance(noise, SparseVoxels) else len(noise)
+    device = noise.coords.device if isinstance(noise, SparseVoxels) else noise.device
 
     def velocity_of(cond: Tensor | None) -> Velocity:
-        if isinstance(flow, SMDiT):
-            cond = image_tokens(flow, cond, batch_size, device)
-            plan = flow.plan(cond)  # type: ignore[operator]
+        if cond is not None and cond.ndim == 3:
+            return token_velocity(flow, noise, cond)
+        if cond is None:
+            image = ImageTokens.none(batch_size, image_width(flow), device)
         else:
-            plan = flow.plan(batch_size, cond.shape[1], device)  # type: ignore[union-attr]
-        return lambda z, t: flow(z, time_tensor(t, batch_size), cond, plan)
+            image = ImageTokens.from_latents(cond, image_patch_size(flow, cond.shape[1]))
+        return networks.velocity_of(flow, noise, image)
 
     return velocity_of
 
 
-def latent_velocity(flow: Any, voxels: SparseVoxels) -> VelocityOf:
-    """Of latents [N, C] on these voxels."""
-    batch_size = voxels.batch_size
-    shared = None if isinstance(flow, SMDiT) else flow.plan(voxels, 1)
-
-    def velocity_of(cond: Tensor | None) -> Velocity:
-        if shared is None:
-            cond = image_tokens(flow, cond, batch_size, voxels.coords.device)
-            plan = flow.plan(voxels, cond)
-        else:
-            plan = shared.with_context(cond.shape[1])  # type: ignore[union-attr]
-        return lambda z, t: flow(voxels.with_feats(z), time_tensor(t, batch_size), cond, plan)
-
-    return velocity_of
-
-
-def image_tokens(flow: SMDiT, latents: Tensor | None, batch_size: int, device: torch.device) -> Any:
-    if latents is None:
-        return ImageTokens.none(batch_size, flow.config.image_width, device)
-    return ImageTokens.from_latents(latents, flow.config.image_patch_size)
+def token_velocity(flow: Any, noise: Tensor | SparseVoxels, cond: Tensor) -> Velocity:
+    """Of the cross-attending networks, with tokens [B, L, C] as TRELLIS's encoders give them."""
+    batch_size, length, _ = cond.shape
+    if isinstance(noise, SparseVoxels):
+        plan = flow.plan(noise, length)
+        return lambda z, t: flow(noise.with_feats(z), time_tensor(t, batch_size), cond, plan)
+    plan = flow.plan(batch_size, length, noise.device)
+    return lambda z, t: flow(z, time_tensor(t, batch_size), cond, plan)
 
 
 def time_tensor(t: float, batch_size: int) -> Tensor:
@@ -117,10 +110,21 @@ def time_tensor(t: float, batch_size: int) -> Tensor:
     return torch.full((batch_size,), t, dtype=torch.float64)
 
 
-def condition_channels(flow: nn.Module) -> int:
-    """Channels of the conditions that a network was made for."""
+def image_width(flow: nn.Module) -> int:
+    """Channels of an image token."""
     config: Any = flow.config
-    return int(config.image_channels if isinstance(flow, SMDiT) else config.cond_channels)
+    return int(config.image_width if isinstance(flow, SMDiT) else config.cond_channels)
+
+
+def image_patch_size(flow: nn.Module, channels: int) -> int:
+    """Latent pixels that an image token spans on each axis, of latents with ``channels``. InputError if none fits."""
+    patch_size = math.isqrt(image_width(flow) // channels)
+    if channels * patch_size**2 != image_width(flow):
+        raise InputError(
+            f"the condition encoder has {channels} channels, which are no patches of the {image_width(flow)} that "
+            "the flow models were trained for"
+        )
+    return patch_size
 
 
 def sample(

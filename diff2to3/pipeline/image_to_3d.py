@@ -20,9 +20,8 @@ from diff2to3.pipeline.denoise import (
     Conditions,
     Progress,
     StageSettings,
-    latent_velocity,
     sample,
-    structure_velocity,
+    velocities,
 )
 from diff2to3.pipeline.photos import Photo, as_it_is, frame_cut_out, frame_like_trellis, prepare
 from diff2to3.types import Gaussians, SparseVoxels
@@ -286,8 +285,9 @@ class ImageTo3D:
             noise = torch.cat(
                 [torch.randn(1, c.in_channels, *(c.resolution,) * 3, generator=g) for g in generators]
             ).to(self.device)
-            velocity_of = structure_velocity(flow, len(generators), self.device)
-            z = sample(velocity_of, noise, conditions, settings, multi_image, "structure", progress)
+            z = sample(
+                velocities(flow, noise), noise, conditions, settings, multi_image, "structure", progress
+            )
         if self.structure_normalization is not None:
             z = self.structure_normalization.undo(z, 1)
         with self.on_device(self.networks.structure_decoder) as decoder:
@@ -315,8 +315,9 @@ class ImageTo3D:
             ]
             noise = torch.cat(parts).to(self.device)
             voxels = SparseVoxels.from_coords(coords, noise, c.resolution, len(generators))
-            velocity_of = latent_velocity(flow, voxels)
-            z = sample(velocity_of, noise, conditions, settings, multi_image, "latents", progress)
+            z = sample(
+                velocities(flow, voxels), noise, conditions, settings, multi_image, "latents", progress
+            )
         if self.latent_normalization is not None:
             z = self.latent_normalization.undo(z, 1)
         return voxels.with_feats(z)

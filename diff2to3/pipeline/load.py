@@ -23,7 +23,7 @@ from diff2to3.flow.config import DiTConfig, LatentDiTConfig, LatentSMDiTConfig, 
 from diff2to3.flow.dit import LatentDiT, StructureDiT
 from diff2to3.flow.framing import Framing
 from diff2to3.flow.smdit import LatentSMDiT, StructureSMDiT
-from diff2to3.pipeline.denoise import StageSettings, condition_channels
+from diff2to3.pipeline.denoise import StageSettings, image_patch_size, image_width
 from diff2to3.pipeline.image_to_3d import ImageTo3D, Networks, Normalization
 from diff2to3.pipeline.sources import Source, embedded_models
 from diff2to3.pipeline.upstream import NOT_SUPPORTED, build_network, wants_half
@@ -120,7 +120,7 @@ def load_model(
 def load_bundle(place: Source, options: Options) -> ImageTo3D:
     """From ``model.json``. ``settings`` says how to generate:
 
-    samplers           {structure: {num_steps, guidance_scale, guidance_interval, shift, sampler}, latent: {…}}
+    samplers           {structure: {…}, latent: {…}} of StageSettings' fields
     latents            {mean, std} that the latent flow's latents are normalised by ("normalization" in bundles of
                        TRELLIS's weights); structure_latents likewise
     condition          {size, margin, background} of the condition picture (diff2to3.flow.framing), and its encoder:
@@ -142,7 +142,8 @@ def load_bundle(place: Source, options: Options) -> ImageTo3D:
     loaded = {name: load_bundle_network(folder, info, name, options, place) for name in UPSTREAM_KEYS}
     settings = info.settings
     try:
-        stages = [stage_from_dict(settings["samplers"][name]) for name in ("structure", "latent")]
+        samplers = settings.get("samplers", {})
+        stages = [stage_from_dict(samplers.get(name, {})) for name in ("structure", "latent")]
         statistics = [
             settings.get("structure_latents"),
             settings.get("latents", settings.get("normalization")),
@@ -152,7 +153,7 @@ def load_bundle(place: Source, options: Options) -> ImageTo3D:
             framing, trellis = replace(TRELLIS_FRAMING, size=size), True
             conditioner = load_conditioner(kind or "", settings["conditioner"]["name"], place, options)
         else:
-            condition = dict(settings["condition"])
+            condition = dict(settings.get("condition", {}))
             provider, weights = condition.pop("provider", "mini"), condition.pop("weights", None)
             framing, trellis = Framing(**condition), False
             if provider != "mini":
@@ -192,14 +193,12 @@ def load_bundle_network(
 
 
 def stage_from_dict(values: Mapping[str, Any]) -> StageSettings:
-    low, high = values["guidance_interval"]
-    return StageSettings(
-        int(values["num_steps"]),
-        float(values["guidance_scale"]),
-        (float(low), float(high)),
-        float(values["shift"]),
-        str(values.get("sampler", "euler")),
-    )
+    """What is not said is as :class:`StageSettings` says."""
+    given = dict(values)
+    if "guidance_interval" in given:
+        low, high = given["guidance_interval"]
+        given["guidance_interval"] = (float(low), float(high))
+    return StageSettings(**given)
 
 
 # ---- TRELLIS ----
@@ -382,10 +381,12 @@ def assemble(
     mini = isinstance(conditioner, MiniEncoder)
     channels = conditioner.config.latent_channels if mini else conditioner.channels
     for flow in flows:
-        if condition_channels(flow) != channels:
+        if not trellis:
+            image_patch_size(flow, channels)
+        elif image_width(flow) != channels:
             raise InputError(
                 f"the condition encoder has {channels} channels, but the flow models were trained for "
-                f"{condition_channels(flow)}"
+                f"{image_width(flow)}"
             )
     check_grids(loaded)
     names = ("structure_latents", "normalization" if trellis else "latents")
