@@ -111,6 +111,8 @@ class StructureConfig:
 
     data_channels    of the dense grid (1: occupancy)
     channels         widths from the first level to the last, each at half (decoder: twice) the resolution
+    fold             cells of the data grid along each axis that one cell of the finest level holds; 2 spares all
+                     convolutions at full resolution
     norm             of the output layer: "layer" or "group" (TRELLIS's residual blocks always use "layer")
     """
 
@@ -120,8 +122,11 @@ class StructureConfig:
     num_middle_blocks: int = 2
     channels: list[int] = field(default_factory=lambda: [32, 128, 512])
     norm: str = "layer"
+    fold: int = 1
 
     def __post_init__(self) -> None:
+        if self.fold < 1:
+            raise ValueError(f"fold: expected a positive number, got {self.fold}")
         if self.norm not in ("layer", "group"):
             raise ValueError(f"norm: expected 'layer' or 'group', got {self.norm!r}")
         if not self.channels or min(self.channels) < 1:

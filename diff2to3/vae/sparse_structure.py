@@ -1,5 +1,8 @@
 """The dense convolutional VAE of occupancy grids: 64³ ↔ 16³ × 8 at the published size (TRELLIS, section
-3.3).
+3.3), 32³ ↔ 8³ × 8 at the mini preset's.
+
+    occupancy [B, 1, R, R, R] ─▶ (fold) ─▶ blocks, halve, blocks, … ─▶ latents [B, C, r, r, r]
+    latents ─▶ blocks, double, blocks, … ─▶ (unfold) ─▶ logits [B, 1, R, R, R]
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ class ChannelLayerNorm(LayerNorm):
     """Layer norm over dimension 1 of [B, C, …]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1).contiguous()
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)  # in memory, channels last: convolutions like it
 
 
 class GroupNorm(nn.GroupNorm):
@@ -65,10 +68,21 @@ class Upsample(nn.Module):
         self.conv = nn.Conv3d(channels, 8 * out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv(x).unflatten(1, (-1, 2, 2, 2))  # [B, C, i, j, k, X, Y, Z]
-        h = h.permute(0, 1, 5, 2, 6, 3, 7, 4)
-        b, c, x_, _, y_, _, z_, _ = h.shape
-        return h.reshape(b, c, 2 * x_, 2 * y_, 2 * z_)
+        return unfold_cells(self.conv(x), 2)
+
+
+def fold_cells(x: Tensor, f: int) -> Tensor:
+    """f³ neighbouring cells as channels: [B, C, R, R, R] → [B, C f³, R/f, R/f, R/f]; channel-major."""
+    if any(size % f for size in x.shape[2:]):
+        raise ValueError(f"x: expected a grid whose sides are multiples of {f}, got {list(x.shape[2:])}")
+    cells = x.unflatten(4, (-1, f)).unflatten(3, (-1, f)).unflatten(2, (-1, f))  # [B, C, X, i, Y, j, Z, k]
+    return cells.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).movedim(-1, 1)
+
+
+def unfold_cells(x: Tensor, f: int) -> Tensor:
+    """The inverse of :func:`fold_cells`."""
+    cells = x.unflatten(1, (-1, f, f, f)).permute(0, 5, 2, 6, 3, 7, 4, 1)  # [B, X, i, Y, j, Z, k, C]
+    return cells.flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)
 
 
 class StructureNetwork(nn.Module):
@@ -111,13 +125,14 @@ class StructureEncoder(StructureNetwork):
     def __init__(self, config: StructureConfig) -> None:
         super().__init__()
         self.config = config
-        self.input_layer = nn.Conv3d(config.data_channels, config.channels[0], 3, padding=1)
+        data_channels = config.data_channels * config.fold**3
+        self.input_layer = nn.Conv3d(data_channels, config.channels[0], 3, padding=1)
         self.blocks = levels(config, Downsample)
         self.middle_block = middle(config, config.channels[-1])
         self.out_layer = output_layer(config, config.channels[-1], 2 * config.latent_channels)
 
     def forward(self, occupancy: Tensor) -> Posterior:
-        h = self.input_layer(occupancy).to(self.torso_dtype)
+        h = self.input_layer(fold_cells(occupancy, self.config.fold)).to(self.torso_dtype)
         for block in self.blocks:
             h = block(h)
         h = self.middle_block(h).to(occupancy.dtype)
@@ -134,13 +149,14 @@ class StructureDecoder(StructureNetwork):
         self.input_layer = nn.Conv3d(config.latent_channels, config.channels[0], 3, padding=1)
         self.middle_block = middle(config, config.channels[0])
         self.blocks = levels(config, Upsample)
-        self.out_layer = output_layer(config, config.channels[-1], config.data_channels)
+        data_channels = config.data_channels * config.fold**3
+        self.out_layer = output_layer(config, config.channels[-1], data_channels)
 
     def forward(self, latents: Tensor) -> Tensor:
         h = self.middle_block(self.input_layer(latents).to(self.torso_dtype))
         for block in self.blocks:
             h = block(h)
-        return self.out_layer(h.to(latents.dtype))
+        return unfold_cells(self.out_layer(h.to(latents.dtype)), self.config.fold)
 
 
 def active_voxels(logits: Tensor, threshold: float = 0.0) -> Tensor:
