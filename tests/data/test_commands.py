@@ -36,7 +36,7 @@ def test_both_presets_are_shipped_with_the_sizes_of_the_design() -> None:
     mini, large = (
         load_config(DataConfig, ROOT / f"configs/data/{n}.yaml", ["source=x"]) for n in ("mini", "large")
     )
-    assert mini.features["taef2"].resolution == 32 and mini.view_sets["cond"].size == 256
+    assert mini.features["mini"].resolution == 32 and mini.view_sets["cond"].size == 256
     assert [v.cameras.num_views for v in mini.view_sets.values()] == [12, 16, 24]
     assert large.resolutions == [64] and large.features["flux"].modes == ["mean"]
     assert {n: (v.size, v.cameras.num_views) for n, v in large.view_sets.items()} == {
