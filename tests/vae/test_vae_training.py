@@ -88,8 +88,8 @@ def test_every_weight_learns_and_a_few_steps_lower_the_loss() -> None:
         loss = objective(batch, Randomness(0, 0))["loss"].mean()
         loss.backward()
         optimiser.step()
-        values.append(float(loss))
-        if step == 1:  # the zero-initialised last layers pass a gradient on from the second step
+        values.append(float(loss.detach()))
+        if step == 4:  # layers that begin at zero pass a gradient on once they have moved
             for name, parameter in objective.named_parameters():
                 assert parameter.grad is not None and float(parameter.grad.abs().max()) > 0, name
     assert values[-1] < 0.8 * values[0]
@@ -109,10 +109,12 @@ def test_start_shows_colours_and_points_at_once() -> None:
     feats = torch.cat([(color - 0.5) * 4, point * 4])[None]
     posterior = encoder(SparseVoxels.from_coords(coords, feats, 8))
     assert torch.allclose(posterior.mean[0, :6], feats[0], atol=1e-6)
-    assert float(posterior.logvar.max()) == pytest.approx(-7)
+    assert float(posterior.logvar.detach().max()) == pytest.approx(-7)
     (g,) = decoder(SparseVoxels.from_coords(coords, posterior.mean, 8))
-    middle = g.means.mean(0) * 8 - 0.5  # of voxel 4, in voxels
-    assert torch.allclose(middle, point, atol=0.15)
+    zero = torch.zeros_like(posterior.mean)
+    (unmoved,) = decoder(SparseVoxels.from_coords(coords, zero, 8))
+    moved = (g.means - unmoved.means).mean(0) * 8  # in voxels; the box squeezes what is near its faces
+    assert torch.allclose(moved, point, atol=0.12) and float((moved / point).min()) > 0.6
     K = torch.tensor([[[64.0, 0, 32], [0, 64.0, 32], [0, 0, 1]]])
     viewmat = torch.eye(4)[None].clone()
     viewmat[0, :3, 3] = -g.means.mean(0) + torch.tensor([0, 0, 0.6])
