@@ -1,5 +1,6 @@
 """Samplers on linear equations whose solutions are known, their orders, and what can be done from outside."""
 
+import itertools
 import math
 
 import pytest
@@ -54,7 +55,7 @@ def test_errors_fall_with_the_sampler_s_order(sampler, options, order, shift):
         float((sampler(linear, START, timesteps(steps, shift), **options) - truth).norm())
         for steps in (64, 128, 256)
     ]
-    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert slopes == pytest.approx([order] * 2, abs=0.12)
 
 
