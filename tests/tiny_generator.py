@@ -24,6 +24,7 @@ SETTINGS: dict[str, Any] = {
     },
     "structure_latents": {"mean": [0.1 * i for i in range(4)], "std": [1.0 + 0.1 * i for i in range(4)]},
     "latents": {"mean": [-0.2, 0.0, 0.1, 0.3], "std": [0.5, 1.0, 1.5, 2.0]},
+    "image_latents": {"mean": [-1.0, 0.0, 1.0, 2.0], "std": [2.0, 3.0, 4.0, 5.0]},
     "condition": {"size": 32, "margin": 1.25, "background": 0.5},
 }
 

@@ -180,7 +180,11 @@ class TokenStage(BundleStage):
     def __init__(self, config: DataConfig, item: str) -> None:
         self.name, self.chosen = f"tokens_{item}", config.tokens[item]
         super().__init__(self.chosen.bundle)
-        self.inputs = (f"views_{self.chosen.views}",)
+        views = self.chosen.views
+        if views not in config.view_sets:
+            raise InputError(f"tokens.{item}.views: no view set {views!r}")
+        self.size = self.chosen.size or config.view_sets[views].size
+        self.inputs = (f"views_{views}",)
 
     @staticmethod
     def items(config: DataConfig) -> list[str]:
@@ -192,7 +196,7 @@ class TokenStage(BundleStage):
             "views": self.chosen.views,
             "num_views": self.chosen.num_views,
             "margin": self.chosen.margin,
-            "size": self.chosen.size,
+            "size": self.size,
             "background": self.chosen.background,
             "encoder": self.fingerprint(),
         }
@@ -214,7 +218,7 @@ class TokenStage(BundleStage):
         """[V, 3, size, size] as the encoder sees them."""
         if self.chosen.margin is None:
             return views.composite(self.chosen.background).permute(0, 3, 1, 2)
-        framing = Framing(self.chosen.size or views.width, self.chosen.margin, self.chosen.background)
+        framing = Framing(self.size, self.chosen.margin, self.chosen.background)
         return frame_views(views.images, views.alphas, framing)
 
 

@@ -44,7 +44,7 @@ class Networks:
 
 @dataclass(frozen=True)
 class Normalization:
-    """Latents as networks of a flow see them are (latents − mean) / std, a channel."""
+    """(x − mean) / std, a channel: what the velocity networks see of latents, and of the condition's."""
 
     mean: Tensor
     std: Tensor
@@ -60,10 +60,15 @@ class Normalization:
             raise InputError(f"{name}: expected positive deviations, got {list(std)}")
         return Normalization(torch.tensor(mean), torch.tensor(std))
 
-    def undo(self, z: Tensor, dim: int) -> Tensor:
-        """From the flow's latents to the decoder's; channels are dimension ``dim``."""
-        shape = [-1 if i == dim else 1 for i in range(z.ndim)]
-        return z * self.std.to(z).view(shape) + self.mean.to(z).view(shape)
+    def apply(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Channels are dimension ``dim``."""
+        return (x - self.along(self.mean, x, dim)) / self.along(self.std, x, dim)
+
+    def undo(self, z: Tensor, dim: int = 1) -> Tensor:
+        return z * self.along(self.std, z, dim) + self.along(self.mean, z, dim)
+
+    def along(self, values: Tensor, x: Tensor, dim: int) -> Tensor:
+        return values.to(x).view([-1 if i == dim else 1 for i in range(x.ndim)])
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class ImageTo3D:
     conditioner  pictures [B, 3, S, S] → tokens [B, L, C] or latents [B, C, h, w], or a list of texts → tokens
     framing    of the condition picture; ``trellis`` prepares it as TRELLIS does, on black and byte by byte
     structure_normalization, latent_normalization  of the latents of either stage; None for none
+    image_normalization  of the condition's latents
     notes      what the loader left out, a line each
     low_memory networks wait on the CPU and visit the device in turn
     """
@@ -108,6 +114,7 @@ class ImageTo3D:
         *,
         structure_normalization: Normalization | None = None,
         latent_normalization: Normalization | None = None,
+        image_normalization: Normalization | None = None,
         framing: Framing | None = None,
         trellis: bool = False,
         device: torch.device | str = "cpu",
@@ -118,6 +125,7 @@ class ImageTo3D:
         self.networks, self.conditioner, self.kind = networks, conditioner, kind
         self.structure_normalization = structure_normalization
         self.latent_normalization = latent_normalization
+        self.image_normalization = image_normalization
         self.structure_settings, self.latent_settings = structure_settings, latent_settings
         self.framing = framing or Framing()
         self.trellis, self.offline = trellis, offline
@@ -261,6 +269,8 @@ class ImageTo3D:
             for same_place in zip(*photos, strict=True):
                 pictures = torch.stack([photo.picture for photo in same_place])
                 present.append(conditioner(pictures.to(self.device)).to(self.device))
+        if self.image_normalization is not None:
+            present = [self.image_normalization.apply(latents) for latents in present]
         if present[0].ndim == 4:
             return Conditions(tuple(present))
         # Attention to equal tokens returns their value whatever their number, so one zero token stands for
@@ -289,7 +299,7 @@ class ImageTo3D:
                 velocities(flow, noise), noise, conditions, settings, multi_image, "structure", progress
             )
         if self.structure_normalization is not None:
-            z = self.structure_normalization.undo(z, 1)
+            z = self.structure_normalization.undo(z)
         with self.on_device(self.networks.structure_decoder) as decoder:
             coords = active_voxels(decoder(z))
         counts = torch.bincount(coords[:, 0], minlength=len(generators))
@@ -319,7 +329,7 @@ class ImageTo3D:
                 velocities(flow, voxels), noise, conditions, settings, multi_image, "latents", progress
             )
         if self.latent_normalization is not None:
-            z = self.latent_normalization.undo(z, 1)
+            z = self.latent_normalization.undo(z)
         return voxels.with_feats(z)
 
     @contextmanager

@@ -122,7 +122,8 @@ def load_bundle(place: Source, options: Options) -> ImageTo3D:
 
     samplers           {structure: {…}, latent: {…}} of StageSettings' fields
     latents            {mean, std} that the latent flow's latents are normalised by ("normalization" in bundles of
-                       TRELLIS's weights); structure_latents likewise
+                       TRELLIS's weights); structure_latents likewise for the other flow
+    image_latents      {mean, std} that the condition's latents are normalised by
     condition          {size, margin, background} of the condition picture (diff2to3.flow.framing), and its encoder:
                        {provider, weights} of diff2to3.voxels.providers, else the bundle's network ``image_encoder``
     conditioner        in place of condition: {name, image_size} of TRELLIS's condition encoder
@@ -144,10 +145,8 @@ def load_bundle(place: Source, options: Options) -> ImageTo3D:
     try:
         samplers = settings.get("samplers", {})
         stages = [stage_from_dict(samplers.get(name, {})) for name in ("structure", "latent")]
-        statistics = [
-            settings.get("structure_latents"),
-            settings.get("latents", settings.get("normalization")),
-        ]
+        latents = settings.get("latents", settings.get("normalization"))
+        statistics = [settings.get("structure_latents"), latents, settings.get("image_latents")]
         if "conditioner" in settings:
             size = int(settings["conditioner"].get("image_size", TRELLIS_FRAMING.size))
             framing, trellis = replace(TRELLIS_FRAMING, size=size), True
@@ -219,7 +218,7 @@ def load_trellis(place: Source, options: Options) -> ImageTo3D:
     ]
     conditioner = load_conditioner(pipeline.kind, pipeline.conditioner, place, options)
     stages = [pipeline.structure, pipeline.latent]
-    statistics = [None, {"mean": pipeline.mean, "std": pipeline.std}]
+    statistics = [None, {"mean": pipeline.mean, "std": pipeline.std}, None]
     return assemble(
         loaded,
         conditioner,
@@ -371,7 +370,9 @@ def assemble(
     trellis: bool,
     notes: list[str] | None = None,
 ) -> ImageTo3D:
-    """Check that the parts fit each other. ``stages`` and ``statistics`` are of structure and latents."""
+    """Check that the parts fit each other. ``stages`` are of structure and latents; ``statistics`` of both and of the
+    condition's latents.
+    """
     networks = Networks(**loaded)
     for name, classes in ROLES.items():
         if not isinstance(loaded[name], classes):
@@ -389,12 +390,14 @@ def assemble(
                 f"{image_width(flow)}"
             )
     check_grids(loaded)
-    names = ("structure_latents", "normalization" if trellis else "latents")
+    wanted = {
+        "structure_latents": flows[0].config.in_channels,
+        "normalization" if trellis else "latents": flows[1].config.in_channels,
+        "image_latents": channels,
+    }
     normalizations = [
-        None
-        if values is None
-        else Normalization.of(values["mean"], values["std"], flow.config.in_channels, name)
-        for values, flow, name in zip(statistics, flows, names, strict=True)
+        None if values is None else Normalization.of(values["mean"], values["std"], wanted[name], name)
+        for values, name in zip(statistics, wanted, strict=True)
     ]
     return ImageTo3D(
         networks,
@@ -404,6 +407,7 @@ def assemble(
         stages[1],
         structure_normalization=normalizations[0],
         latent_normalization=normalizations[1],
+        image_normalization=normalizations[2],
         framing=framing,
         trellis=trellis,
         device=options.device,

@@ -54,7 +54,8 @@ def by_hand(tiny, seed):
     networks, settings = tiny.networks("smdit"), tiny.SETTINGS
     latents = networks["image_encoder"](framed_by_hand(tiny.photo()))
     assert latents.shape == (1, 4, 4, 4)
-    image = ImageTokens.from_latents(latents, 2)
+    mean, std = (torch.tensor(settings["image_latents"][k])[:, None, None] for k in ("mean", "std"))
+    image = ImageTokens.from_latents((latents - mean) / std, 2)
     nothing = ImageTokens.none(1, 16)
     generator = torch.Generator().manual_seed(seed)
 

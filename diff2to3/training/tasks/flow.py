@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diff2to3.checkpoint import BundleInfo, NetworkEntry, read_bundle, save_bundle
+from diff2to3.checkpoint import BundleInfo, NetworkEntry, read_bundle, read_json, save_bundle
 from diff2to3.config import MISSING, config_to_dict
 from diff2to3.data.encodings import statistics
 from diff2to3.data.loader import LoaderConfig, TrainLoader
@@ -226,11 +226,20 @@ class FlowTask:
         settings = {
             latents: objective.latents.statistics(),
             "image_latents": objective.image.statistics(),
+            "condition": self.condition(),
             "samplers": {"structure" if structure else "latent": config_to_dict(self.config.sampling)},
         }
         info = BundleInfo("flow", {name: entry}, settings, license="MIT", source="trained by train/flow.py")
         state = {key: value.half() for key, value in network.state_dict().items()}
         save_bundle(folder, info, {name: state})
+
+    def condition(self) -> dict[str, Any]:
+        """How the condition pictures were framed: generation does the same to photos."""
+        path = Path(self.config.data.root) / self.config.data.tokens / "settings.json"
+        framing = read_json(path)
+        return {
+            name: framing[name] for name in ("size", "margin", "background") if framing.get(name) is not None
+        }
 
 
 def spread(assets: list[PlannedAsset], count: int) -> list[PlannedAsset]:
