@@ -233,9 +233,14 @@ class VaeTask:
             base, _, mode = name.partition(".")
             settings = json.loads((root / f"features_{base}" / "settings.json").read_bytes())
             view_set = json.loads((root / f"views_{settings['views']}" / "settings.json").read_bytes())
+            views = {
+                "name": settings["views"],
+                "seed": view_set["seed"],
+                **view_set["views"],
+                "render": view_set["render"],
+            }
             settings["mode"] = mode or settings["modes"][0]
-            for key in ("version", "modes", "dtype", "views"):
+            for key in ("version", "modes", "views"):
                 settings.pop(key, None)
             features.append(settings)
-            views = {**view_set["views"], "render": view_set["render"]}
         return {"features": features, "views": views}
