@@ -44,8 +44,9 @@ class Judge:
         load_strictly(self.decoder, read_tensors(folder / entry.file), folder / entry.file)
         self.decoder.eval().requires_grad_(False)
         self.stage = stage
-        levels = len(entry.config["channels"]) if stage == "structure" else 1
-        self.scale = 2 ** (levels - 1)
+        self.scale = 1  # cells of the grid to one of the latents', on each axis
+        if stage == "structure":
+            self.scale = 2 ** (len(entry.config["channels"]) - 1) * int(entry.config.get("fold", 1))
 
     def stages(self, resolution: int) -> list[str]:
         """What a store needs for the truth about latents on a grid of ``resolution``."""

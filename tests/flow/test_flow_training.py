@@ -1,0 +1,238 @@
+"""The flow task on a small synthetic dataset: what it reads, its loss by hand, determinism, training, bundles."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save as save_tensors
+
+from diff2to3.checkpoint import load_strictly, read_bundle, read_tensors
+from diff2to3.config import config_from_dict, load_config
+from diff2to3.data.encodings import moments
+from diff2to3.data.plan import PlannedAsset, asset_key, write_plan
+from diff2to3.data.shards import Part, assemble, part_path, write_part
+from diff2to3.flow.networks import NETWORKS
+from diff2to3.flow.tokens import ImageTokens
+from diff2to3.training.run import main
+from diff2to3.training.task import Randomness
+from diff2to3.training.tasks.flow import FlowRunConfig, FlowTask
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs" / "flow").glob("*.yaml"))
+VIEWS = 3
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Six assets of 8³ voxels with random latents, occupancy latents and image latents of three views."""
+    root = tmp_path_factory.mktemp("flow-data")
+    generator = torch.Generator().manual_seed(7)
+    plan = [PlannedAsset(0, asset_key(f"a{i}"), f"a{i}", "val" if i == 5 else "train") for i in range(6)]
+    write_plan(root, plan)
+    members: dict[str, list[tuple[dict, dict]]] = {
+        "voxels_8": [],
+        "latents_x": [],
+        "structures_x": [],
+        "tokens_x": [],
+    }
+    for i in range(6):
+        cells = torch.randperm(512, generator=generator)[: 20 + 10 * i].sort().values
+        coords = torch.stack([cells // 64, cells // 8 % 8, cells % 8], 1).to(torch.uint8)
+        mean = 3 + 2 * torch.randn(len(coords), 4, generator=generator)
+        dense = torch.randn(4, 4, 4, 4, generator=generator)
+        images = {
+            f"{v:03d}.safetensors": {"latents": torch.randn(3, 8, 8, generator=generator)}
+            for v in range(VIEWS)
+        }
+        rows = torch.stack([im["latents"] for im in images.values()]).permute(0, 2, 3, 1).flatten(0, 2)
+        members["voxels_8"].append(({"coords.safetensors": {"coords": coords}}, {"num_voxels": len(coords)}))
+        members["latents_x"].append(({"latents.safetensors": {"mean": mean}}, moments(mean)))
+        members["structures_x"].append(
+            ({"latents.safetensors": {"mean": dense}}, moments(dense.flatten(1).T))
+        )
+        members["tokens_x"].append((images, {"num_views": VIEWS, **moments(rows)}))
+    for stage, items in members.items():
+        (root / stage).mkdir()
+        settings = {"size": 64, "margin": 1.2, "background": 0.5} if stage == "tokens_x" else {}
+        (root / stage / "settings.json").write_text(json.dumps(settings))
+        for asset, (files, info) in zip(plan, items, strict=True):
+            part = Part({name: save_tensors(tensors) for name, tensors in files.items()}, info)
+            write_part(part_path(root, stage, 0, asset.key), asset.key, part, "s")
+        assemble(root, stage, 0, [(a.id, a.key, "s") for a in plan])
+    return root
+
+
+def arguments(root, stage, out, **changes):
+    model = {
+        "stage": stage, "resolution": 8 if stage == "latents" else 4, "patch_size": 2, "channels": 4, "width": 24,
+        "num_heads": 2, "num_double": 1, "num_single": 1, "image_channels": 3, "io_channels": "[8]",
+    }  # fmt: skip
+    values = {
+        "data.root": root,
+        "data.latents": ("latents_x" if stage == "latents" else "structures_x"),
+        "data.tokens": "tokens_x",
+        "data.loader.max_assets_per_batch": 3,
+        "data.loader.num_workers": 0,
+        "train.out": out,
+        "train.steps": 4,
+        "train.lr": 1e-3,
+        "train.device": "cpu",
+        "train.loggers": "[]",
+        **{f"model.{k}": v for k, v in model.items()},
+        **changes,
+    }
+    return [f"{k}={v}" for k, v in values.items()]
+
+
+def task_for(root, stage, out="unused", **changes):
+    return FlowTask(load_config(FlowRunConfig, None, arguments(root, stage, out, **changes)))
+
+
+@pytest.mark.parametrize("stage", ["structure", "latents"])
+def test_the_objective_is_the_formula_on_normalised_latents(stage, dataset):
+    """Loss of every item from its own stored numbers, noise and time, one item at a time."""
+    task = task_for(dataset, stage, **{"loss.image_dropout": 0.4})
+    torch.manual_seed(0)
+    objective = task.objective()
+    with torch.no_grad():
+        for parameter in objective.network.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape))
+    batch = next(iter(task.loader(0, 0, 1)))
+    randomness = Randomness(3, 5)
+    losses = objective(batch, randomness)["loss"]
+    assert losses.shape == (3,)
+    latent_name, token_name = task.tensor_names()[:2]
+    mean, std = objective.latents.mean, objective.latents.std
+    for i, asset in enumerate(batch.ids):
+        stored = batch.tensors[latent_name][i]["mean"]
+        generator = randomness.generator(asset, "flow")
+        t = torch.rand(1, generator=generator)
+        dropped = bool(torch.rand(1, generator=generator) < 0.4)
+        noise = torch.randn(stored.shape, generator=generator)
+        latents = batch.tensors[token_name][i]["latents"]
+        latents = (latents - objective.image.mean[:, None, None]) / objective.image.std[:, None, None]
+        image = ImageTokens.none(1, 12) if dropped else ImageTokens.from_latents(latents[None], 2)
+        if stage == "structure":
+            data = (stored - mean[:, None, None, None]) / std[:, None, None, None]
+            z = ((1 - t) * data + t * noise)[None]
+        else:
+            data = (stored - mean) / std
+            coords = batch.tensors[task.tensor_names()[2]][i]["coords"]
+            packed = torch.nn.functional.pad(coords.int(), (1, 0))
+            from diff2to3.types import SparseVoxels
+
+            z = SparseVoxels.from_coords(packed, (1 - t) * data + t * noise, 8)
+        velocity = objective.network(z, t, image)
+        velocity = velocity[0] if stage == "structure" else velocity
+        expected = (velocity - (noise - data)).square().mean()
+        assert float(losses[i]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_statistics_are_of_the_training_split(dataset):
+    task = task_for(dataset, "latents")
+    objective = task.objective()
+    from diff2to3.data.store import AssetStore
+
+    store = AssetStore(dataset, ["latents_x"])
+    assets = store.assets("train")
+    assert len(assets) == 5
+    rows = torch.cat([store.open(a, "latents_x").tensors("latents.safetensors")["mean"] for a in assets])
+    torch.testing.assert_close(objective.latents.mean, rows.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(objective.latents.std, rows.std(0, unbiased=False), rtol=1e-5, atol=1e-5)
+    x = torch.randn(2, 4, 5)
+    torch.testing.assert_close(objective.latents.invert(objective.latents(x)), x, rtol=1e-5, atol=1e-5)
+
+
+def test_views_vary_between_epochs_and_repeat_with_the_seed(dataset):
+    def drawn(seed):
+        loader = iter(task_for(dataset, "structure").loader(seed, 0, 1))
+        seen = []
+        for _ in range(8):
+            batch = next(loader)
+            seen += [
+                (i, hashlib.sha256(t["latents"].numpy().tobytes()).hexdigest())
+                for i, t in zip(batch.ids, batch.tensors["tokens_x/*.safetensors"], strict=True)
+            ]
+        return seen
+
+    first = drawn(0)
+    assert first == drawn(0) and first != drawn(1)
+    views = {asset: {h for a, h in first if a == asset} for asset, _ in first}
+    assert all(len(v) > 1 for v in views.values())
+
+
+def test_a_loss_does_not_depend_on_how_items_are_dealt(dataset):
+    """One process of three items, or three of one each: the same losses."""
+    torch.manual_seed(0)
+    task = task_for(dataset, "latents")
+    objective = task.objective()
+    torch.nn.init.normal_(objective.network.out_layer.weight)
+    batch = next(iter(task.loader(0, 0, 1)))
+    together = objective(batch, Randomness(0, 0))["loss"]
+    import dataclasses
+
+    for i in range(3):
+        one = dataclasses.replace(
+            batch, ids=batch.ids[i : i + 1], tensors={k: v[i : i + 1] for k, v in batch.tensors.items()}
+        )
+        torch.testing.assert_close(
+            objective(one, Randomness(0, 0))["loss"][0], together[i], rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("stage", ["structure", "latents"])
+def test_a_run_trains_validates_and_exports(stage, dataset, tmp_path):
+    config = tmp_path / "empty.yaml"
+    config.write_text("{}")
+    options = {"train.steps": 60, "train.validate_every": 60, "train.ema": 0.9, "train.lr": 0.01}
+    options |= {"sampling.num_steps": 2, "loss.image_dropout": 0.1, "train.log_every": 60}
+    assert (
+        main(FlowTask, FlowRunConfig, [str(config), *arguments(dataset, stage, tmp_path / "run", **options)])
+        == 0
+    )
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    scores = next(line for line in lines if line["kind"] == "validate")
+    assert 0 < scores["loss_0.9"] < 2.5
+    trained = next(line for line in lines if line["kind"] == "train")
+    assert trained["loss"] < 1.95  # 2 is what predicting nothing costs
+    folder = tmp_path / "run" / "bundle"
+    info = read_bundle(folder)
+    name = "structure_flow" if stage == "structure" else "latent_flow"
+    entry = info.networks[name]
+    schema, network = NETWORKS[entry.type]
+    built = network(config_from_dict(schema, entry.config))
+    load_strictly(built, read_tensors(folder / entry.file), folder)
+    latents = "structure_latents" if stage == "structure" else "latents"
+    assert len(info.settings[latents]["mean"]) == 4 and len(info.settings["image_latents"]["std"]) == 3
+    assert info.settings["samplers"]["structure" if stage == "structure" else "latent"]["num_steps"] == 2
+    assert info.settings["condition"] == {"size": 64, "margin": 1.2, "background": 0.5}
+
+
+def test_stage_and_latents_must_agree(dataset):
+    with pytest.raises(Exception, match=r"latents_<name>"):
+        task_for(dataset, "latents", **{"data.latents": "structures_x"})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_loads_and_builds(path):
+    config = load_config(FlowRunConfig, path)
+    from diff2to3.flow.networks import build_network
+
+    with torch.device("meta"):
+        network = build_network(config.model)
+    assert sum(p.numel() for p in network.parameters()) > 1e6
+
+
+def test_the_rows_of_table_3_differ_in_one_line_each():
+    lines = {}
+    for number in (1, 2, 3, 4):
+        path = CONFIGS[0].parent / f"exp{number}.yaml"
+        text = path.read_text().splitlines()
+        lines[number] = [line for line in text if line.strip() and not line.lstrip().startswith("#")]
+    for number, key in ((2, "latents:"), (3, "backbone:"), (4, "position:")):
+        before, after = lines[number - 1], lines[number]
+        changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
+        assert [a.strip().split(" ")[0] for a, _ in changed if "out:" not in a] == [key]
