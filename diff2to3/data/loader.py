@@ -13,6 +13,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,6 +205,7 @@ class TrainLoader:
             prefetch_factor=self.config.prefetch if workers else None,
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # or it would draw its workers' seeds from the global one
+            worker_init_fn=_leave_interrupts if workers else None,
             multiprocessing_context=_start_method() if workers else None,
         )
         for batch in batches:
@@ -340,6 +342,11 @@ def _start_method() -> str:
     still in their queue, abort noisily, as the interpreter tears down a thread inside torch. The fork server
     has neither."""
     return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Ctrl-C reaches a terminal's whole group; what happens then is for the training loop to decide."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -18,7 +18,7 @@ _PANEL = (640, 300)
 _MARGINS = (76, 34, 16, 34)  # left, top, right, bottom
 _COLORS = ("#1f5fa8", "#c44e2b", "#2f8f4e", "#7a4fa3", "#8a6d1c", "#3b3b3b")
 #: Of a training record, what is not drawn unless asked for.
-_TIMES = {"items_per_s", "s_per_step", "busy"}
+_TIMES = {"items_per_s", "s_per_step", "busy", "peak_gb"}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import inspect
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -218,23 +217,20 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> 
     """
     sharded = any(is_sharded(value) for value in tensors.values())
     group = (world.storage if sharded else world.alone) if world.size > 1 else None
-    with _quiet():
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), process_group=group)
+    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), **_group(dcp.save, group))
 
 
 def read_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
     """Fill tensors from :func:`on_cpu` from a folder that any number of processes wrote. All call this."""
     group = world.storage if world.size > 1 else None
-    with _quiet():
-        dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(folder), process_group=group)
+    dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(folder), **_group(dcp.load, group))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warning that a process which is alone is alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _group(function: Callable[..., Any], group: Any) -> dict[str, Any]:
+    """Arguments for work in a group, or for a process that is alone, which newer versions like to be told."""
+    if group is None and "no_dist" in inspect.signature(function).parameters:
+        return {"no_dist": True}
+    return {"process_group": group}
 
 
 def stored_tensors(folder: Path) -> dict[str, tuple[int, ...]]:

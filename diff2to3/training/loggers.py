@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -27,7 +28,7 @@ class Logger(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line: {"step", "kind", "time", …}."""
+    """One JSON object a line: {"step", "kind", "time", …}. Numbers that are not finite are null."""
 
     def __init__(self, path: Path, step: int) -> None:
         """Append to ``path``; records of steps after ``step``, from before an interruption, are dropped."""
@@ -37,7 +38,8 @@ class JsonLines:
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         record = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(record) + "\n")
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(known, allow_nan=False) + "\n")
         self._file.flush()
 
     def picture(self, name: str, step: int, pixels: np.ndarray) -> None:

@@ -25,6 +25,9 @@ from diff2to3.training.schedules import rate_factor
 from diff2to3.training.state import TrainState
 from diff2to3.training.task import Loader, Randomness, seeded
 
+#: Seconds after a failure of the loader in which our own signal may still arrive.
+_GRACE = 0.5
+
 
 class Trainer:
     """One run in one process: ``fit`` goes from the state's step to the last one."""
@@ -79,6 +82,7 @@ class Trainer:
                 batches = [next(part) for part in parts]
             except Exception as error:  # the loader's workers get a group's SIGTERM too, and die of it
                 failure = error
+                time.sleep(0.0 if self.stop.requested else _GRACE)
         failed = failure is not None and not self.stop.requested
         items, stops, failures = distributed.total(
             [sum(len(batch.ids) for batch in batches), self.stop.requested, failed], self.world
@@ -138,6 +142,7 @@ class Trainer:
                     else nullcontext()
                 ):
                     found = self.module(moved, randomness)
+                _check_losses(found, len(batch.ids))
                 (found["loss"].float().sum() * factor).backward()
             losses.append({name: value.detach().float() for name, value in found.items()})
         return losses
@@ -162,3 +167,12 @@ class Trainer:
         """Checkpoint the state as it is now."""
         info = self.state.numbers() | {"parts": self.world.size * self.config.accumulate}
         self.checkpoints.save(self.state.step, self.state.tensors(), info, background)
+
+
+def _check_losses(losses: dict[str, Tensor], num_items: int) -> None:
+    """ValueError unless there is a loss, and every value has one number an item."""
+    if "loss" not in losses:
+        raise ValueError(f"objective: expected 'loss' among its values, got {', '.join(losses) or 'none'}")
+    for name, value in losses.items():
+        if value.shape != (num_items,):
+            raise ValueError(f"objective: {name}: expected shape [{num_items}], got {list(value.shape)}")

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from diff2to3.training import distributed
@@ -49,6 +50,8 @@ class Records:
         values["items_per_s"] = round(self._items / seconds, 3)
         values["s_per_step"] = round(seconds / self._steps, 4)
         values["busy"] = round(self._busy / seconds, 3)
+        if self.world.device.type == "cuda":
+            values["peak_gb"] = round(torch.cuda.max_memory_allocated(self.world.device) / 1e9, 3)
         self.put("train", step, values)
         self._begin()
 
