@@ -21,7 +21,9 @@ class ChannelLayerNorm(LayerNorm):
     """Layer norm over dimension 1 of [B, C, …]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)  # in memory, channels last: convolutions like it
+        return (
+            super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        )  # in memory, channels last: convolutions like it
 
 
 class GroupNorm(nn.GroupNorm):

@@ -1,6 +1,6 @@
 """Training the sparse-structure VAE: dense occupancy in, its latents, occupancy out (TRELLIS, section 3.3).
 
-    batch.occupancy ─▶ turned at random about z ─▶ encoder ─▶ posterior ─▶ latents ─▶ decoder ─▶ logits ↔ occupancy
+batch.occupancy ─▶ turned at random about z ─▶ encoder ─▶ posterior ─▶ latents ─▶ decoder ─▶ logits ↔ occupancy
 """
 
 from __future__ import annotations
@@ -116,9 +116,7 @@ class StructureObjective(nn.Module):
             "kl": kl_by_grid(posterior),
         }
         out["loss"] = (
-            weights.dice * out["dice"]
-            + weights.cross_entropy * out["cross_entropy"]
-            + weights.kl * out["kl"]
+            weights.dice * out["dice"] + weights.cross_entropy * out["cross_entropy"] + weights.kl * out["kl"]
         )
         out["iou"] = intersection_over_union(logits.detach(), wanted)
         return out
