@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from diff2to3.errors import InputError, MissingDependencyError
 from diff2to3.voxels.mini_encoder import WEIGHTS as MINI_WEIGHTS
-from diff2to3.voxels.mini_encoder import load_mini_encoder
+from diff2to3.voxels.mini_encoder import MiniEncoder, load_mini_encoder
 from diff2to3.voxels.taesd import load_taesd
 
 
@@ -137,8 +137,8 @@ class TaesdFeatures(_Network):
 class MiniFeatures(_Network):
     """The mini preset's own encoder, distilled from TAEF2."""
 
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__(encoder.config.latent_channels)  # type: ignore[union-attr]
+    def __init__(self, encoder: MiniEncoder) -> None:
+        super().__init__(encoder.config.latent_channels)
         self.encoder = encoder
 
     def features(self, x: Tensor) -> Tensor:

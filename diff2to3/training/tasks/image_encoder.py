@@ -234,7 +234,8 @@ class ImageEncoderTask:
         self._val: Pool | None = None
 
     def objective(self) -> nn.Module:
-        encoder = MiniEncoder(self.config.model).to(memory_format=torch.channels_last)
+        encoder = MiniEncoder(self.config.model)
+        encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return ImageEncoderObjective(encoder, self.config.loss)
 
     def blocks(self, objective: nn.Module) -> list[nn.Module]:

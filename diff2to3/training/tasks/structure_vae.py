@@ -6,7 +6,7 @@ batch.occupancy ─▶ turned at random about z ─▶ encoder ─▶ posterior 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +131,14 @@ class StructureVaeTask:
     def objective(self) -> StructureObjective:
         encoder, decoder = StructureEncoder(self.config.encoder), StructureDecoder(self.config.decoder)
         objective = StructureObjective(encoder, decoder, self.config.loss, self.config.data.augment)
-        return objective.to(memory_format=torch.channels_last_3d)
+        objective.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        return objective
 
     def blocks(self, objective: nn.Module) -> list[nn.Module]:
         halves = [objective.encoder, objective.decoder]
         return [block for half in halves for block in (*half.blocks, *half.middle_block)]  # type: ignore
 
     def loader(self, seed: int, rank: int, world_size: int) -> TrainLoader:
-        from dataclasses import replace
-
         data = self.config.data
         chosen = replace(data.loader, occupancy=[data.resolution])
         return TrainLoader(data.root, chosen, seed=seed, rank=rank, world_size=world_size)
