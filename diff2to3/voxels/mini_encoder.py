@@ -70,8 +70,9 @@ class Context(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.features = nn.Conv2d(width, width, 1)
-        self.mix = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Linear(width, width))
-        nn.init.zeros_(self.mix[2].weight)
+        last = nn.Linear(width, width)
+        nn.init.zeros_(last.weight)
+        self.mix = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.relu(self.features(x)).flatten(2).float()
