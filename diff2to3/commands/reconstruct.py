@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from diff2to3 import __version__
-from diff2to3.assets import Limits, load_mesh
+from diff2to3.assets import load_mesh
 from diff2to3.assets.load import UP_AXIS
 from diff2to3.commands.generate import choose_device, make_folder
 from diff2to3.commands.render import DEFAULT_VIEWS, turn
@@ -64,9 +64,8 @@ def run(args: argparse.Namespace) -> int:
     jobs = collect_jobs(args.assets, args.out)
     check_outputs(args, jobs)
     device = choose_device(args.device)
-    meshes = [
-        load_mesh(path, up=args.up, limits=Limits()) for path, _ in jobs[:1]
-    ]  # before the model is loaded
+    # One asset is read before the model is, so that a bad file is told at once.
+    meshes = [load_mesh(path, up=args.up) for path, _ in jobs if len(jobs) == 1]
     model = Reconstructor.from_pretrained(
         args.model,
         device=device,
@@ -75,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
         weights=parse_weights(args.weights),
     )
     failed = 0
-    for number, (path, out) in enumerate(jobs):
+    for path, out in jobs:
         try:
-            mesh = meshes[0] if number == 0 else load_mesh(path, up=args.up, limits=Limits())
+            mesh = meshes[0] if meshes else load_mesh(path, up=args.up)
             made = model(mesh)
         except InputError as error:
             if len(jobs) == 1:

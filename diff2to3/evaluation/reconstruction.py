@@ -6,7 +6,7 @@ everything for one asset: truth, reconstruction, numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from diff2to3.files import write_atomic
 from diff2to3.gaussians.render import EPS2D, render
 from diff2to3.metrics.geometry import voxel_iou
 from diff2to3.metrics.lpips import Lpips
-from diff2to3.pipeline.reconstruct import Reconstruction, Reconstructor
+from diff2to3.pipeline.reconstruct import Reconstruction, ReconstructionSettings, Reconstructor
 from diff2to3.pipeline.sources import Source
 from diff2to3.types import Gaussians, Views
 from diff2to3.views import CameraConfig, RenderConfig, make_renderer
@@ -155,10 +155,14 @@ def write_png(path: Path, image: Tensor) -> None:
     write_atomic(path, stream.getvalue())
 
 
-@lru_cache(maxsize=1)
 def load_model(setup: Setup) -> Reconstructor:
     """The model of a run, once a process."""
-    return Reconstructor.from_pretrained(setup.model, device=setup.device, offline=setup.offline)
+    return _model(setup.model, setup.device, setup.offline)
+
+
+@lru_cache(maxsize=1)
+def _model(source: str, device: str, offline: bool) -> Reconstructor:
+    return Reconstructor.from_pretrained(source, device=device, offline=offline)
 
 
 @lru_cache(maxsize=1)
@@ -168,9 +172,11 @@ def load_lpips(weights: str | None, net: str, device: str) -> Lpips | None:
 
 def model_digest(source: str, offline: bool = False) -> tuple[str, str]:
     """(public name, hash over the networks' files) of a bundle."""
-    import hashlib
-
     place = Source(source, offline)
+    if place.folder is not None and not place.has(MODEL_FILE):  # TRELLIS's layout
+        files = sorted(place.folder.rglob("*.safetensors"))
+        digest = hashlib.sha256("".join(file_sha256(file) for file in files).encode())
+        return Path(source).name, digest.hexdigest()
     path = place.file(MODEL_FILE)
     digest = hashlib.sha256(path.read_bytes())
     for entry in read_bundle(path.parent).networks.values():
@@ -178,11 +184,13 @@ def model_digest(source: str, offline: bool = False) -> tuple[str, str]:
     return Path(source).name, digest.hexdigest()
 
 
-def means(rows: Mapping[str, Mapping[str, float | None]], keys: tuple[str, ...]) -> dict[str, float]:
-    """The mean over assets of each of ``keys`` that any asset has."""
-    found = {}
-    for key in keys:
-        values = [row[key] for row in rows.values() if row.get(key) is not None]
-        if values:
-            found[key] = float(np.mean(np.asarray(values, np.float64)))
-    return found
+def model_lighting(source: str, offline: bool = False) -> RenderConfig:
+    """How the training set of a bundle was lit; the default where it does not say."""
+    place = Source(source, offline)
+    if place.folder is not None and not place.has(MODEL_FILE):
+        return RenderConfig()
+    path = place.file(MODEL_FILE)
+    settings = read_bundle(path.parent).settings
+    if not settings.get("features"):
+        return RenderConfig()
+    return ReconstructionSettings.from_settings(settings, str(path)).views.render

@@ -31,7 +31,12 @@ COLUMNS: dict[str, tuple[str, bool, int]] = {
     "structure_iou": ("structure IoU", True, 4),
     "voxel_iou": ("voxel IoU", True, 4),
     "chamfer": ("Chamfer", False, 4),
+    "f_score": ("F-score", True, 4),
     "clip": ("CLIP", True, 2),
+    "fd_inception": ("FD incep", False, 2),
+    "kd_inception": ("KD incep", False, 5),
+    "fd_dinov2": ("FD dinov2", False, 2),
+    "kd_dinov2": ("KD dinov2", False, 5),
     "num_voxels": ("voxels", True, 0),
     "seconds": ("s", False, 1),
 }
