@@ -217,20 +217,13 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> 
     """
     sharded = any(is_sharded(value) for value in tensors.values())
     group = (world.storage if sharded else world.alone) if world.size > 1 else None
-    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), **_group(dcp.save, group))
+    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), process_group=group)
 
 
 def read_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
     """Fill tensors from :func:`on_cpu` from a folder that any number of processes wrote. All call this."""
     group = world.storage if world.size > 1 else None
-    dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(folder), **_group(dcp.load, group))
-
-
-def _group(function: Callable[..., Any], group: Any) -> dict[str, Any]:
-    """Arguments for work in a group, or for a process that is alone, which newer versions like to be told."""
-    if group is None and "no_dist" in inspect.signature(function).parameters:
-        return {"no_dist": True}
-    return {"process_group": group}
+    dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(folder), process_group=group)
 
 
 def stored_tensors(folder: Path) -> dict[str, tuple[int, ...]]:

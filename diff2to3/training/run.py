@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,9 @@ def main(task_class: Callable[[Any], Task], config_class: type, argv: Sequence[s
     input; 130 after Ctrl-C.
     """
     args = build_parser(Path(sys.argv[0]).name).parse_intermixed_args(argv)
+    warnings.filterwarnings(
+        "ignore", message="torch.distributed is disabled"
+    )  # a process alone is no mistake
     try:
         with stop_on_signals() as stop:
             config: Any = load_config(config_class, args.config, args.overrides)

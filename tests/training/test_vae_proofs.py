@@ -24,9 +24,9 @@ from conftest import (  # isort: skip
 )
 
 ROOT = FOLDER.parents[1]
-STEPS, PAIR_STEPS = 200, 40
-#: One step of four assets, in parts.
-PARTS = {1: "data.loader.max_assets_per_batch=4", 2: "data.loader.max_assets_per_batch=2"}
+STEPS, PAIR_STEPS = 200, 20
+#: One step of two assets, in one or two parts.
+PARTS = {1: "data.loader.max_assets_per_batch=2", 2: "data.loader.max_assets_per_batch=1"}
 
 DATA = """
 filter: {limit: 16}
@@ -67,8 +67,8 @@ def dataset(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(dataset: Path, out: Path, *arguments: str) -> list[str]:
     settings = [
         f"data.root={dataset}", "data.loader.features=[surface, rgb]", "encoder.in_channels=31",
-        "data.loader.num_workers=0", "data.validation_assets=1", "sizes=[]", f"train.out={out}", f"train.steps={STEPS}",
-        "train.save_every=20", "train.keep=20", "train.sample_every=null", "train.validate_every=null",
+        "data.loader.num_workers=0", "data.loader.max_voxels_per_asset=3000", "data.loader.views={target: 1}", "data.validation_assets=1", "sizes=[]", f"train.out={out}", f"train.steps={STEPS}",
+        "train.save_every=10", "train.keep=20", "train.sample_every=null", "train.validate_every=null",
     ]  # fmt: skip
     return [sys.executable, "train/vae.py", "configs/vae/mini.yaml", *settings, *arguments]
 
@@ -162,3 +162,21 @@ def test_the_rounding_is_no_larger_than_that_of_accumulation(dataset: Path) -> N
     print("accumulated", json.dumps(found))
     assert found["model"] < 2e-5, found
     assert torch.isfinite(torch.tensor(list(found.values()))).all()
+
+
+def test_sigterm_to_the_whole_group_saves(dataset: Path) -> None:
+    """As a batch system ends a job: the loader's processes get the signal too."""
+    out = dataset.parent / "ended"
+    arguments = command(
+        dataset, out, PARTS[1], "data.loader.num_workers=1", "train.log_every=1", "train.save_every=1000"
+    )
+    process = subprocess.Popen(arguments, cwd=ROOT, text=True, start_new_session=True, stderr=subprocess.PIPE)
+    wait_for(out / "log.jsonl", process)
+    while len(records(out, "train")) < 2:
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert [r["event"] for r in records(out, "event")] == ["stopped by SIGTERM"]
+    (saved,) = [int(p.name[5:]) for p in (out / "checkpoints").iterdir()]
+    assert saved >= 2
