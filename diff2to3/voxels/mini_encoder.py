@@ -94,12 +94,11 @@ class MiniEncoder(nn.Module):
         self.coarse = nn.Sequential(*(ResBlock(coarse) for _ in range(config.num_coarse)))
         self.out = nn.Conv2d(coarse, config.latent_channels, 3, padding=1)
         for conv in self.modules():
-            if isinstance(conv, nn.Conv2d) and bool(
-                conv.weight.any()
-            ):  # PyTorch's start shrinks a signal by 6
+            if not isinstance(conv, nn.Conv2d) or conv.weight.is_meta:  # meta: weights are loaded right after
+                continue
+            if bool(conv.weight.any()):  # PyTorch's start shrinks a signal by 6
                 nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-                if conv.bias is not None:
-                    nn.init.zeros_(conv.bias)
+                nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.fine(self.stem(F.pixel_unshuffle(2 * images - 1, 4)))
