@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,11 +20,13 @@ def recompute(blocks: Iterable[nn.Module]) -> None:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """``torch.compile`` each block (in place), for any number of tokens or voxels.
+def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
+    """``torch.compile`` each block (in place), for any number of tokens or voxels. To be done before
+    :func:`recompute`.
 
     Compiling blocks rather than the whole keeps what cannot be compiled (the rasteriser's lists, the search for
-    neighbours) outside, and blocks of one class share the work.
+    neighbours) outside, and blocks of one class share the work. The project's own operations stay calls within
+    the compiled code.
     """
     for block in blocks:
-        block.compile(dynamic=True)
+        block.forward = torch.compile(block.forward, dynamic=True, backend=backend)

@@ -57,6 +57,11 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def device_name(device: torch.device) -> str:
+    """ "NVIDIA H200", or the device's type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 @contextmanager
 def joined(device: str | None) -> Iterator[World]:
     """The world of this process: joined on entering, left on leaving."""
@@ -75,15 +80,18 @@ def joined(device: str | None) -> Iterator[World]:
         return
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_TIMEOUT)
-    try:
-        rank, size = dist.get_rank(), dist.get_world_size()
-        groups = [dist.new_group(backend="gloo", timeout=_TIMEOUT) for _ in range(2)]
-        alone = [dist.new_group([r], backend="gloo") for r in range(size)][rank]
-        mesh = init_device_mesh(place.type, (size,))
-        cpu_mesh = mesh if place.type == "cpu" else init_device_mesh("cpu", (size,))
-        yield World(rank, size, place, groups[0], groups[1], alone, mesh, cpu_mesh)
-    finally:
-        dist.destroy_process_group()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    groups = [dist.new_group(backend="gloo", timeout=_TIMEOUT) for _ in range(2)]
+    alone = [dist.new_group([r], backend="gloo") for r in range(size)][rank]
+    mesh = init_device_mesh(place.type, (size,))
+    cpu_mesh = mesh if place.type == "cpu" else init_device_mesh("cpu", (size,))
+    yield World(rank, size, place, groups[0], groups[1], alone, mesh, cpu_mesh)
+    dist.destroy_process_group()  # not after an error: it would wait for what the others will never send
+
+
+def own_rank() -> int:
+    """This process's rank, before or without joining the others."""
+    return int(os.environ.get("RANK", 0))
 
 
 def total(values: Sequence[float], world: World) -> list[float]:
@@ -113,8 +121,13 @@ def gathered(value: Any, world: World, group: Any = None) -> list[Any]:
     return box
 
 
+class ElsewhereError(RuntimeError):
+    """Another process failed, and says why."""
+
+
 def together(action: Callable[[], None], world: World, group: Any = None) -> None:
-    """Do ``action`` on every process; if it fails on one, all raise OSError or RuntimeError."""
+    """Do ``action`` on every process; if it fails on some, these raise that and the others
+    :class:`ElsewhereError`."""
     problem: Exception | None = None
     try:
         action()
@@ -124,7 +137,7 @@ def together(action: Callable[[], None], world: World, group: Any = None) -> Non
     if problem is not None:
         raise problem
     if others:
-        raise RuntimeError(f"on another process: {others[0]}")
+        raise ElsewhereError(f"on another process: {others[0]}")
 
 
 def parallelize(

@@ -89,12 +89,11 @@ def report(task: Task, config: TrainConfig, gpu: str, num_gpus: int) -> str:
     lines += ["", f"memory of each of {num_gpus} {gpu.upper()}" + (", sharded (fsdp2)" if sharded else "")]
     lines += [_row(name, _bytes_text(size)) for name, size in fixed.items()]
     try:
-        small, full = _batches(task, config)
+        small, (items, voxels) = _batch(task, config)
         probe = measure(objective, blocks, small, config)
     except InputError as error:
         lines.append(f"  activations and speed are not estimated, for want of a batch: {error}")
         return "\n".join(lines)
-    items, voxels = _size(full)
     scale = voxels / probe.voxels if probe.voxels else items / probe.items
     activations = probe.kept(config.checkpoint_blocks) * scale
     total = sum(fixed.values()) + activations
@@ -146,17 +145,26 @@ def _fixed_memory(
     return sizes
 
 
-def _batches(task: Task, config: TrainConfig) -> tuple[Any, Any]:
-    """A small batch to compute with, and a whole one to scale to."""
-    full = next(iter(task.loader(config.seed, 0, 1)))
+def _batch(task: Task, config: TrainConfig) -> tuple[Any, tuple[int, int]]:
+    """A small batch to compute with, and how many items and voxels a whole one has to scale to.
+
+    Without the data, a task's ``example`` makes both up, if it has one.
+    """
+    try:
+        full = next(iter(task.loader(config.seed, 0, 1)))
+    except InputError:
+        example = getattr(task, "example", None)
+        if example is None:
+            raise
+        return example()
     try:  # tasks on a prepared dataset: one asset
         data = task.config.data
         loader = dataclasses.replace(data.loader, max_assets_per_batch=1, num_workers=0)
         smaller = dataclasses.replace(task.config, data=dataclasses.replace(data, loader=loader))
         make: Callable[[Any], Task] = type(task)
-        return next(iter(make(smaller).loader(config.seed, 0, 1))), full
+        return next(iter(make(smaller).loader(config.seed, 0, 1))), _size(full)
     except (AttributeError, TypeError):
-        return full, full
+        return full, _size(full)
 
 
 def _size(batch: Any) -> tuple[int, int]:

@@ -90,7 +90,7 @@ class Trainer:
         if failure is not None and failed:
             raise failure
         if failures:
-            raise RuntimeError("the loader of another process failed")
+            raise distributed.ElsewhereError("the loader of another process failed")
         return (None, 0) if stops else (batches, int(items))
 
     def _step(self, batches: list[Any], num_items: int) -> None:

@@ -98,13 +98,20 @@ def main(task_class: Callable[[Any], Task], config_class: type, argv: Sequence[s
                     train(task, config, world, stop, allow_changes=args.allow_changes, profile=args.profile)
         return 130 if stop.interrupted else 0
     except (InputError, MissingDependencyError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(error)
         return EXIT_BAD_INPUT
-    except (NotFiniteError, CheckpointError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (
+        NotFiniteError, CheckpointError, FloatingPointError, OSError, distributed.ElsewhereError
+    ) as error:  # fmt: skip
+        _complain(error)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return 130
+
+
+def _complain(error: Exception) -> None:
+    rank = distributed.own_rank()
+    print(f"rank {rank}: error: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
 
 
 def train(
@@ -133,8 +140,7 @@ def train(
             save_config(config, out / "config.yaml")
         loaders = build_loaders(task, options, state, world)
         records = stack.enter_context(records_of(config, out, state, world))
-        if info is not None:
-            note_resumption(records, state, info, options, world)
+        note_start(records, state, info, options, world)
         results = Results(task, options, world, records)
         trainer = Trainer(options, state, module, loaders, world, checkpoints, records, results, stop)
         if trainer.fit(Profiler(out, world) if profile else None):
@@ -154,10 +160,10 @@ def build(
         resume.initialize(objective, Path(config.init_from), world)
     objective.to(world.device).train()
     blocks = task.blocks(objective)
-    if config.checkpoint_blocks:
-        activations.recompute(blocks)
     if config.compile:
         activations.compile_blocks(blocks)
+    if config.checkpoint_blocks:
+        activations.recompute(blocks)
     module = distributed.parallelize(objective, blocks, config.parallel, world, config.find_unused)
     weights = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     if not weights:
@@ -182,13 +188,24 @@ def build_loaders(task: Task, config: TrainConfig, state: TrainState, world: Wor
     return loaders
 
 
-def note_resumption(
-    records: Records, state: TrainState, info: dict[str, Any], config: TrainConfig, world: World
+def note_start(
+    records: Records, state: TrainState, info: dict[str, Any] | None, config: TrainConfig, world: World
 ) -> None:
-    """An event in the log, and a warning if steps now have more or fewer parts."""
+    """An event in the log, and a warning if steps now have more or fewer parts than before."""
     parts = world.size * config.accumulate
-    records.put("event", state.step, {"event": "resumed", "processes": world.size})
-    if parts != info["parts"] and world.main:
+    records.put(
+        "event",
+        state.step,
+        {
+            "event": "started" if info is None else "resumed",
+            "processes": world.size,
+            "parts": parts,
+            "parameters": sum(value.numel() for value in state.trained().values()),
+            "device": distributed.device_name(world.device),
+            "torch": torch.__version__,
+        },
+    )
+    if info is not None and parts != info["parts"] and world.main:
         print(
             f"warning: a step had {info['parts']} parts (processes x accumulate) and now has {parts}: unless the "
             "parts' sizes change with it, the batch is another; set train.accumulate to keep it",

@@ -85,6 +85,9 @@ class Task(Protocol):
         """Numbers on assets that are not trained on, from the averaged weights; may be empty."""
         ...
 
+    # Optional: example() -> (batch, (items, voxels)), a small batch of made-up data, and the size of a whole one,
+    # for estimates where the data is not at hand.
+
     def export(self, objective: nn.Module, folder: Path) -> None:
         """Write the averaged weights as a plain bundle (``diff2to3.checkpoint.save_bundle``)."""
         ...

@@ -150,15 +150,22 @@ def test_recomputation_keeps_only_inputs() -> None:
     assert less.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_compiled_blocks_compute_the_same() -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_blocks_compute_the_same(recompute: bool) -> None:
+    """With a backend that needs no compiler; it sees every block's graph, whole."""
     model = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.GELU()) for _ in range(2))
-    x = torch.ones(3, 4)
-    expected = model[1](model[0](x))
+    x = torch.ones(3, 4, requires_grad=True)
+    expected = torch.autograd.grad(model[1](model[0](x)).sum(), x)[0]
     names = list(model.state_dict())
     torch._dynamo.reset()
-    for block in model:  # as activations.compile_blocks, with a backend that needs no compiler
-        block.compile(backend="eager", dynamic=True)
-    assert torch.allclose(model[1](model[0](x)), expected)
+    torch._dynamo.utils.counters.clear()
+    activations.compile_blocks(model, backend="aot_eager")
+    if recompute:
+        activations.recompute(model)
+    found = torch.autograd.grad(model[1](model[0](x)).sum(), x)[0]
+    assert torch.allclose(found, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert not torch._dynamo.utils.counters["graph_break"]
     assert list(model.state_dict()) == names
 
 

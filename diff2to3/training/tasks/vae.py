@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diff2to3.checkpoint import BundleInfo, NetworkEntry, save_bundle
 from diff2to3.config import MISSING, config_to_dict
-from diff2to3.data.loader import LoaderConfig, TrainLoader
+from diff2to3.data.loader import Batch, LoaderConfig, TrainLoader
 from diff2to3.data.store import AssetStore
 from diff2to3.errors import InputError
 from diff2to3.gaussians.render import render
@@ -22,7 +22,7 @@ from diff2to3.metrics.lpips import Lpips
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.vae_objective import VaeLossConfig, VaeObjective
-from diff2to3.types import Gaussians, SparseVoxels
+from diff2to3.types import Gaussians, SparseVoxels, Views
 from diff2to3.vae.config import DecoderConfig, EncoderConfig
 from diff2to3.vae.decoder import Decoder
 from diff2to3.vae.encoder import Encoder
@@ -127,6 +127,28 @@ class VaeTask:
                 f"{self.config.data.loader.features} of {self.config.data.root} have {found}"
             )
         return loader
+
+    def example(self) -> tuple[Batch, tuple[int, int]]:
+        """A made-up asset, a hollow ball, and the size of a whole batch: for estimates without a dataset.
+
+        A real surface has about 5 R² voxels; the ball has a tenth of that, to be quick.
+        """
+        c, resolution = self.config, self.config.encoder.resolution
+        axis = (torch.arange(resolution) + 0.5) / resolution - 0.5
+        radius = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij")).norm(dim=0)
+        xyz = torch.nonzero((radius - 0.17).abs() < 0.6 / resolution)
+        coords = torch.nn.functional.pad(xyz, (1, 0)).int()
+        feats = torch.zeros(len(coords), c.encoder.in_channels)
+        voxels = SparseVoxels.from_coords(coords, feats, resolution)
+        count, size = c.data.loader.views[c.data.view_set], c.data.loader.view_size or 8 * resolution
+        viewmat, K = torch.eye(4), torch.tensor([[size, 0, size / 2], [0, size, size / 2], [0, 0, 1.0]])
+        viewmat[2, 3] = 2.0
+        images, alphas = torch.ones(count, size, size, 3), torch.ones(count, size, size)
+        views = Views(images, alphas, viewmat.repeat(count, 1, 1), K.repeat(count, 1, 1))
+        batch = Batch(0, ("made-up",), voxels, {c.data.view_set: views}, {}, {}, {})
+        most = c.data.loader.max_voxels_per_batch
+        items = min(max(1, most // (5 * resolution**2)), c.data.loader.max_assets_per_batch or most)
+        return batch, (items, min(most, items * 5 * resolution**2))
 
     def channels(self, name: str) -> int:
         """Channels of a feature set of the dataset."""
