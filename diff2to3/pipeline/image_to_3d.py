@@ -50,14 +50,17 @@ class Normalization:
     std: Tensor
 
     @staticmethod
-    def of(mean: Sequence[float], std: Sequence[float], channels: int, name: str) -> Normalization:
-        """InputError where the numbers do not fit ``channels``."""
+    def of(values: Mapping[str, Sequence[float]], channels: int, name: str) -> Normalization:
+        """From {mean, std}; InputError where they are missing or do not fit ``channels``."""
+        if not isinstance(values, Mapping) or not {"mean", "std"} <= values.keys():
+            raise InputError(f"{name}: expected mean and std, got {values!r}")
+        mean, std = list(values["mean"]), list(values["std"])
         if len(mean) != channels or len(std) != channels:
             raise InputError(
                 f"{name}: expected {channels} means and deviations, got {len(mean)} and {len(std)}"
             )
         if not all(value > 0 for value in std):
-            raise InputError(f"{name}: expected positive deviations, got {list(std)}")
+            raise InputError(f"{name}: expected positive deviations, got {std}")
         return Normalization(torch.tensor(mean), torch.tensor(std))
 
     def apply(self, x: Tensor, dim: int = 1) -> Tensor:

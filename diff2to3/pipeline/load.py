@@ -396,7 +396,7 @@ def assemble(
         "image_latents": channels,
     }
     normalizations = [
-        None if values is None else Normalization.of(values["mean"], values["std"], wanted[name], name)
+        None if values is None else Normalization.of(values, wanted[name], name)
         for values, name in zip(statistics, wanted, strict=True)
     ]
     return ImageTo3D(
