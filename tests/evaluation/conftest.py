@@ -150,3 +150,29 @@ def tiny() -> tuple[str, ...]:
 @pytest.fixture(autouse=True)
 def tiny_networks(one_thread: None) -> None:
     """Networks this small are several times slower on two threads than on one, where the machine is busy."""
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> ModuleType:
+    """tests/tiny_models.py."""
+    return load(ROOT / "tests" / "tiny_models.py")
+
+
+@pytest.fixture(scope="session")
+def vae(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that reconstructs."""
+    return Path(tiny_models.write_vae(tmp_path_factory.mktemp("vae") / "model"))
+
+
+@pytest.fixture(scope="session")
+def generator_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that generates."""
+    made = load(ROOT / "tests" / "tiny_generator.py")
+    return Path(made.write_generator(tmp_path_factory.mktemp("generator") / "model"))
+
+
+@pytest.fixture(scope="session")
+def boxes(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four boxes of split val in two zips, one of them cut short, and two of split train."""
+    pytest.importorskip("trimesh", reason="needs the data extra")
+    return Path(tiny_models.write_assets(tmp_path_factory.mktemp("boxes")))
