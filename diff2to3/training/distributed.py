@@ -155,14 +155,23 @@ def parallelize(
         return DistributedDataParallel(
             objective, find_unused_parameters=find_unused, gradient_as_bucket_view=True, **no_buffers
         )
-    _check_shardable(objective)
+    _check_shardable(objective, world)
     for block in blocks:
         fully_shard(block, mesh=world.mesh)
     fully_shard(objective, mesh=world.mesh)
     return objective
 
 
-def _check_shardable(objective: nn.Module) -> None:
+def can_shard_on_cpu() -> bool:
+    """Whether this torch has fsdp2 on CPUs, as torch 2.7 and later do."""
+    return hasattr(torch.cpu.Stream, "record_event")
+
+
+def _check_shardable(objective: nn.Module, world: World) -> None:
+    if world.device.type == "cpu" and not can_shard_on_cpu():
+        raise InputError(
+            f"parallel=fsdp2: torch {torch.__version__} has it on GPUs only; use ddp, or torch 2.7"
+        )
     for name, value in objective.named_parameters():
         if value.ndim == 0:
             raise InputError(f"parallel=fsdp2: {name} is a single number, which cannot be sharded; use ddp")

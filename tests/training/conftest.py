@@ -65,8 +65,8 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.01)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from diff2to3.training.distributed import can_shard_on_cpu
 
 from conftest import assert_close, checkpoint, records, stored, train, train_in_pairs  # isort: skip
 
@@ -35,17 +38,26 @@ def runs(straight: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 ("recomputed", "fsdp2", ["train.checkpoint_blocks=true"]),
                 ("begun", "fsdp2", ["train.steps=1", "train.lr=1e-30", f"train.init_from={straight}"]),
             )
+            if how == "ddp" or can_shard_on_cpu()
         ]
     )
     return root
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "quarters", "taken", "taken_sharded", "recomputed"])
+def sharded(*names: str) -> list[Any]:
+    """Parameters of runs that need fsdp2 on a CPU."""
+    needs = pytest.mark.skipif(not can_shard_on_cpu(), reason="this torch has fsdp2 on GPUs only")
+    return [pytest.param(name, marks=needs) for name in names]
+
+
+@pytest.mark.parametrize(
+    "name", ["ddp", "taken", *sharded("fsdp2", "quarters", "taken_sharded", "recomputed")]
+)
 def test_two_processes_match_one(name: str, runs: Path, straight: Path) -> None:
     assert_close(stored(runs / name, 20), stored(straight, 20))
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["ddp", *sharded("fsdp2")])
 def test_their_logs_and_bundles_match(name: str, runs: Path, straight: Path) -> None:
     for kind, key in (("train", "loss"), ("train", "grad_norm"), ("validate", "norm")):
         theirs = [r[key] for r in records(runs / name, kind)]
@@ -54,12 +66,13 @@ def test_their_logs_and_bundles_match(name: str, runs: Path, straight: Path) -> 
     assert_close(a, b)
 
 
-def test_sharded_checkpoints_are_written_by_both(runs: Path) -> None:
-    names = {p.name for p in (runs / "fsdp2" / "checkpoints" / "step-00000020").iterdir()}
+@pytest.mark.parametrize("name", sharded("fsdp2"))
+def test_sharded_checkpoints_are_written_by_both(name: str, runs: Path) -> None:
+    names = {p.name for p in (runs / name / "checkpoints" / "step-00000020").iterdir()}
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "checkpoint.json"} <= names
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["ddp", *sharded("fsdp2")])
 def test_one_process_takes_over_from_two(name: str, runs: Path, straight: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs / name, run)
@@ -68,8 +81,9 @@ def test_one_process_takes_over_from_two(name: str, runs: Path, straight: Path, 
     assert_close(stored(run, 20), stored(straight, 20))
 
 
-def test_a_sharded_run_begins_with_given_weights(runs: Path, straight: Path) -> None:
-    wanted, found = stored(straight, 20), stored(runs / "begun", 1)
+@pytest.mark.parametrize("name", sharded("begun"))
+def test_a_sharded_run_begins_with_given_weights(name: str, runs: Path, straight: Path) -> None:
+    wanted, found = stored(straight, 20), stored(runs / name, 1)
     assert torch.equal(found["model.denoiser.first.weight"], wanted["ema.denoiser.first.weight"])
 
 

@@ -99,7 +99,7 @@ def differences(a: Path, b: Path, step: int) -> dict[str, float]:
 def test_200_steps_or_100_a_kill_and_100_are_bit_identical(dataset: Path, straight: Path) -> None:
     out = dataset.parent / "killed"
     process = start(command(dataset, out, PARTS[1]))
-    wait_for(checkpoint(out, STEPS // 2), process)
+    wait_for(checkpoint(out, STEPS // 2), process, 1800)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert start(command(dataset, out, PARTS[1])).wait() == 0
