@@ -149,10 +149,8 @@ def with_baselines(args: argparse.Namespace, setup: Setup, train: AssetList) -> 
     broken = {line.split(":")[0] for line in failed}
     known = [record.id for record in train.records if record.id not in broken]
     pool = tuple(draw_ids(known, POOL, setup.rules.seed))
-    notes = [
-        f"retrieval: {NUM_VIEWS} views of each of {len(known)} training assets; "
-        f"random: {min(setup.num_random, len(pool))} of {len(pool)} of them an asset, drawn with seed {setup.rules.seed}"
-    ]
+    drawn = f"{min(setup.num_random, len(pool))} of {len(pool)} of them an asset, drawn with seed {setup.rules.seed}"
+    notes = [f"retrieval: {NUM_VIEWS} views of each of {len(known)} training assets; random: {drawn}"]
     notes += [f"training asset left out: {line}" for line in failed]
     return replace(setup, index=str(index), train=str(records), pool=pool), notes
 
