@@ -420,7 +420,7 @@ def assemble(
 def check_grids(loaded: Mapping[str, Any]) -> None:
     """InputError where the stages work on different grids."""
     structure, decoder = loaded["structure_flow"].config, loaded["structure_decoder"].config
-    grid = structure.resolution * 2 ** (len(decoder.channels) - 1)
+    grid = structure.resolution * 2 ** (len(decoder.channels) - 1) * decoder.fold
     sizes = {"the structure stage": grid}
     sizes |= {name: loaded[name].config.resolution for name in ("latent_flow", "decoder")}
     if len(set(sizes.values())) != 1:
