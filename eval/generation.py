@@ -53,7 +53,14 @@ from diff2to3.evaluation.generation import (
 from diff2to3.evaluation.parallel import check_output, default_workers, resume_folder, run_items
 from diff2to3.evaluation.protocol import draw_ids
 from diff2to3.evaluation.reconstruction import load_lpips, model_digest, model_lighting
-from diff2to3.evaluation.results import intervals_of, mean_of, result_of, text_table, write_gallery
+from diff2to3.evaluation.results import (
+    intervals_of,
+    markdown_table,
+    mean_of,
+    result_of,
+    text_table,
+    write_gallery,
+)
 from diff2to3.evaluation.retrieval import NUM_VIEWS, IndexSetup, build_index
 from diff2to3.files import write_atomic
 
@@ -114,6 +121,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name}: expected at least 1, got {getattr(args, name)}")
     check_output(args.out)
+    if args.table is not None:
+        check_output(args.table)
 
 
 def training_assets(args: argparse.Namespace, assets: AssetList) -> tuple[AssetList, list[str]]:
@@ -218,6 +227,10 @@ def report(args: argparse.Namespace, setup: Setup, assets: AssetList, result: di
     for table in tables:
         print(table, end="\n\n")
     print("\n".join(lines))
+    if args.table is not None:
+        parts = [markdown_table(methods, "method"), markdown_table(result["packs"], "pack")]
+        notes = "\n".join(f"- {line}" for line in lines)
+        write_atomic(args.table, "\n\n".join([*parts, notes]) + "\n")
     names = draw_ids(result["assets"], args.pictures, 1) if args.pictures else []
     if not names:
         return
@@ -255,6 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--views", type=int, default=8, help="compared, an asset (default: %(default)s)")
     parser.add_argument("--resolution", type=int, default=256, help="pixels a side (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the result, a JSON file")
+    parser.add_argument("--table", type=Path, help="also the tables, as Markdown")
     parser.add_argument("--seed", type=int, default=0, help="of cameras and noise (default: %(default)s)")
     parser.add_argument("--ids", help="a file with one id a line: the assets to score")
     parser.add_argument("--limit", type=int, help="score only so many of the assets")

@@ -43,7 +43,7 @@ from diff2to3.evaluation.reconstruction import (
     save_picture,
     score_asset,
 )
-from diff2to3.evaluation.results import result_of, text_table, worst, write_gallery
+from diff2to3.evaluation.results import markdown_table, result_of, text_table, worst, write_gallery
 from diff2to3.files import write_atomic
 
 
@@ -104,6 +104,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit: expected at least 1, got {args.limit}")
     check_output(args.out)
+    if args.table is not None:
+        check_output(args.table)
 
 
 def report(args: argparse.Namespace, setup: Setup, assets: AssetList, result: dict[str, Any]) -> None:
@@ -126,6 +128,9 @@ def report(args: argparse.Namespace, setup: Setup, assets: AssetList, result: di
     ]
     print(table)
     print("\n".join(summary))
+    if args.table is not None:
+        notes = "\n".join(f"- {line}" for line in summary)
+        write_atomic(args.table, f"{markdown_table(rows, 'pack')}\n\n{notes}\n")
     if not result["worst"]:
         return
     folder = args.out.with_name(f"{args.out.stem}_worst")
@@ -173,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--views", type=int, default=8, help="held-out views an asset (default: %(default)s)")
     parser.add_argument("--resolution", type=int, default=256, help="pixels a side (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the result, a JSON file")
+    parser.add_argument("--table", type=Path, help="also the tables, as Markdown")
     parser.add_argument("--seed", type=int, default=0, help="of the held-out cameras (default: %(default)s)")
     parser.add_argument("--ids", help="a file with one id a line: the assets to score")
     parser.add_argument("--limit", type=int, help="score only so many of the assets")

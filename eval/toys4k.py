@@ -7,12 +7,13 @@
 --assets is a folder, a zip or a published data set (see diff2to3/assets); --method is one of
 
     ply:FOLDER           ply-yup:FOLDER       images:FOLDER
-    call:FILE.py:NAME    model:FOLDER_OR_REPO (generation)
+    call:FILE.py:NAME    model:NAME_OR_FOLDER (such as model:mini; the task says whether it generates or reconstructs)
 
 --set KEY=VALUE … changes the protocol (eval/protocol), such as resolution=256 num_assets=null.
 
 A killed run is continued by the same command; under torchrun, processes share the assets and the last one writes
-OUT/table.md and OUT/table.json. Exit code 1 where an asset failed (it is tried again next time), 2 for bad input.
+OUT/table.md and OUT/table.json; OUT/ids.txt records the assets. Exit code 1 where an asset failed (it is tried again
+next time), 2 for bad input.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def worker() -> Worker:
 
 
 def run(args: argparse.Namespace) -> int:
-    truth = MeshSource(args.assets)
+    truth = MeshSource(args.assets, args.split)
     if args.task == "draw":
         ids = draw_ids(truth.ids(), args.count, args.seed)
         print(f"# {len(ids)} of {len(truth.ids())} ids: those whose sha256 of '{args.seed}:ID' is least")
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     here = worker()
     device = here.device(args.device)
     ids, notes = choose_ids(args, rules, truth)
-    method = open_source(args.method, device, args.offline)
+    method = open_source(args.method, device, args.offline, args.task)
     scorer = Scorer.build(rules, parse_weights(args.weights), device, args.offline)
     table = score_method(args.out, method, truth, scorer, ids, notes, device, here)
     if table is None:
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("task", choices=("reconstruction", "generation", "draw"))
     parser.add_argument("--assets", required=True)
+    parser.add_argument("--split", help="only assets of this split, where the catalogue has splits")
     words = list(sys.argv[1:] if argv is None else argv)
     if "draw" in words[:1]:
         parser.add_argument("--count", type=int, default=Protocol().num_assets)

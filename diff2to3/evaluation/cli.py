@@ -118,6 +118,8 @@ def score_method(
     def progress(asset_id: str, error: str | None) -> None:
         print(f"{asset_id}: {'done' if error is None else f'FAILED: {error}'}", file=sys.stderr, flush=True)
 
+    if worker.rank == 0:
+        write_atomic(out / "ids.txt", f"# seed {scorer.rules.seed}, {truth.name}\n" + "\n".join(ids) + "\n")
     for note in scorer.notes if worker.rank == 0 else ():
         print(note, file=sys.stderr)
     finished = run_assets(

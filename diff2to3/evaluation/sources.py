@@ -5,7 +5,8 @@
     images:FOLDER         FOLDER/ID/*.png (or jpg, webp) in the order of their names, one for each camera
     assets:CATALOGUE      meshes of a folder, zip or published data set, rendered
     call:FILE.py:NAME     NAME(subject) -> Gaussians, or Views from subject.cameras
-    model:FOLDER_OR_REPO  a generation model, on the asset's photo
+    model:NAME            a model of ours (embedded name, folder or repository): generation from the asset's photo, or
+                          reconstruction of its mesh, as the protocol's task says
 
 A plain path is looked at: a folder with .ply files, with folders of pictures, or else a catalogue.
 """
@@ -223,16 +224,21 @@ def read_picture(path: Path, resolution: int) -> Tensor:
 class MeshSource:
     """The assets of a catalogue, rendered as the protocol says."""
 
-    def __init__(self, spec: str) -> None:
-        self.name = public_name(spec)
+    def __init__(self, spec: str, split: str | None = None) -> None:
+        """``split``: only these assets. InputError where there are none."""
+        self.name = public_name(spec) + (f" ({split})" if split else "")
         self._catalogue: Catalogue = open_catalogue(spec)
+        self._records = [r for r in self._catalogue if split is None or r.split == split]
+        if split is not None and not self._records:
+            known = ", ".join(sorted({r.split for r in self._catalogue if r.split})) or "none"
+            raise InputError(f"--split {split}: no asset of {self.name} is of this split; known are {known}")
         self._kept: tuple[str, Any, Mesh] | None = None
 
     def ids(self) -> list[str]:
-        return sorted(record.id for record in self._catalogue)
+        return sorted(record.id for record in self._records)
 
     def fingerprint(self) -> str:
-        lines = (f"{record.id} {record.sha256}" for record in self._catalogue)
+        lines = (f"{record.id} {record.sha256}" for record in self._records)
         return hashlib.sha256("\n".join(["assets", *lines]).encode()).hexdigest()
 
     def mesh(self, asset_id: str) -> Mesh:
@@ -288,7 +294,7 @@ def public_name(spec: str) -> str:
     return f"{kind}{colon}{Path(path).expanduser().resolve().name}"
 
 
-def open_source(spec: str, device: torch.device, offline: bool = False) -> Source:
+def open_source(spec: str, device: torch.device, offline: bool = False, task: str = "generation") -> Source:
     """The source that ``spec`` names; see the top of this file. InputError that says what was expected."""
     kind, colon, rest = spec.partition(":")
     if not colon or kind not in KINDS:
@@ -299,7 +305,9 @@ def open_source(spec: str, device: torch.device, offline: bool = False) -> Sourc
         return ImageSource(rest)
     if kind == "assets":
         return MeshSource(rest)
-    return _function(rest) if kind == "call" else _model(rest, device, offline)
+    if kind == "call":
+        return _function(rest)
+    return _model(rest, device, offline) if task == "generation" else _autoencoder(rest, device, offline)
 
 
 def _look_at(spec: str) -> Source:
@@ -333,15 +341,33 @@ def _model(rest: str, device: torch.device, offline: bool) -> CallSource:
     from diff2to3.pipeline import ImageTo3D
 
     model = ImageTo3D.from_pretrained(rest, device=device, offline=offline)
-    digest = hashlib.sha256(rest.encode())
-    folder = Path(rest).expanduser()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")):
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
 
     def generate(subject: Subject) -> Gaussians:
         return model(subject.photo, seed=subject.seed).gaussians
 
-    return CallSource(generate, folder.name or rest, digest.hexdigest())
+    return CallSource(generate, *_identity(rest))
+
+
+def _autoencoder(rest: str, device: torch.device, offline: bool) -> CallSource:
+    from diff2to3.pipeline.reconstruct import Reconstructor
+
+    model = Reconstructor.from_pretrained(rest, device=device, offline=offline)
+
+    def reconstruct(subject: Subject) -> Gaussians:
+        return model(subject.mesh, name=subject.id).gaussians
+
+    return CallSource(reconstruct, *_identity(rest))
+
+
+def _identity(model: str) -> tuple[str, str]:
+    """(name, hash over its files) of a model; a repository's files are known by its name."""
+    from diff2to3.pipeline.sources import EMBEDDED, embedded_models
+
+    folder = EMBEDDED / model if model in embedded_models() else Path(model).expanduser()
+    digest = hashlib.sha256(model.encode())
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return folder.name or model, digest.hexdigest()
 
 
 def _folder(path: str) -> Path:
