@@ -17,7 +17,7 @@ from diff2to3.checkpoint import MODEL_FILE, BundleInfo, read_bundle
 from diff2to3.config import MISSING, config_from_dict
 from diff2to3.errors import InputError
 from diff2to3.pipeline.image_to_3d import Clock, clone
-from diff2to3.pipeline.load import Options, load_bundle_network
+from diff2to3.pipeline.load import DTYPES, Options, load_bundle_network
 from diff2to3.pipeline.sources import Source
 from diff2to3.types import Gaussians, Mesh, SparseVoxels, Views
 from diff2to3.vae.decoder import Decoder
@@ -85,8 +85,8 @@ class FeatureSettings:
     background: float = 0.5
 
     def __post_init__(self) -> None:
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ def build(
         feature.provider,
         weights,
         device=options.device,
-        dtype=getattr(torch, feature.dtype),
+        dtype=DTYPES[feature.dtype],
         offline=options.offline,
         stride=feature.stride,
     )

@@ -20,6 +20,8 @@ from diff2to3.pipeline import ImageTo3D, Result
 from diff2to3.types import Gaussians, SparseVoxels
 
 ROOT = Path(__file__).resolve().parents[2]
+#: What makes a protocol tiny.
+TINY = ("resolution=32", "cameras.num_views=2", "render.supersample=1", "render.lighting.mode=unlit")
 
 
 def numbers(folder: Path) -> dict:
@@ -366,3 +368,18 @@ def test_paper_rows_are_complete():
         assert all(len(row[1]) == len(metrics) for row in rows)
     assert PAPER["generation"][2][-1][1] == PAPER["ablation"][2][-1][1]
     assert PAPER["generation"][2][-2][1] == PAPER["ablation"][2][0][1]
+
+
+def test_a_bundle_reconstructs_a_split(program, boxes, vae, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["reconstruction", "--assets", str(boxes), "--split", "val", "--method", f"model:{vae}"]
+    words += ["--device", "cpu", "--offline", "--out", str(out), "--set", "num_assets=null"]
+    assert program("toys4k").main([*words, *TINY]) == 1  # one asset is damaged
+    table = numbers(out)
+    assert table["num_assets"] == {"expected": 4, "scored": 3, "failed": 1}
+    assert table["truth"]["name"].endswith("(val)") and table["method"]["name"] == "model"
+    assert (out / "ids.txt").read_text().splitlines()[1:] == ["other/box-1"] + [
+        f"plain/box-{i}" for i in (1, 2, 3)
+    ]
+    assert program("toys4k").main([*words, *TINY, "--split", "test"]) == 2
+    assert "known are train, val" in capsys.readouterr().err
