@@ -97,7 +97,10 @@ class Trainer:
         """Accumulate, check, clip, update, average, log."""
         config, state = self.config, self.state
         started = time.perf_counter()
-        losses = self._accumulate(batches, num_items)
+        try:
+            losses = self._accumulate(batches, num_items)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(_out_of_memory(state.step, batches)) from error
         norm = distributed.gradient_norm([p.grad for p in self.parameters if p.grad is not None], self.world)
         norm_value = float(norm) / state.scale.value
         loss = distributed.total([sum(float(part["loss"].sum()) for part in losses)], self.world)[0]
@@ -176,3 +179,13 @@ def _check_losses(losses: dict[str, Tensor], num_items: int) -> None:
     for name, value in losses.items():
         if value.shape != (num_items,):
             raise ValueError(f"objective: {name}: expected shape [{num_items}], got {list(value.shape)}")
+
+
+def _out_of_memory(step: int, batches: list[Any]) -> str:
+    voxels = [len(v) for batch in batches if (v := getattr(batch, "voxels", None)) is not None]
+    what = f"parts of {', '.join(str(len(batch.ids)) for batch in batches)} items"
+    what += f" ({', '.join(f'{n:,}' for n in voxels)} voxels)" if voxels else ""
+    return (
+        f"step {step}: out of GPU memory with {what}; make parts smaller (data.loader.max_voxels_per_batch) and "
+        "train.accumulate larger, or set train.checkpoint_blocks=true or train.parallel=fsdp2"
+    )

@@ -41,7 +41,8 @@ class Results:
 
     def make(self, state: TrainState, what: set[str]) -> None:
         """Some of "sample", "validate", "export", on the main process while the others wait."""
-        with averaged(state, self.task, self.config) as objective:
+        number = Randomness(self.config.seed, state.step).number("results")
+        with averaged(state, self.task, self.config) as objective, seeded(number, self.world.device):
             if objective is not None:
                 if "sample" in what:
                     self._sample(objective, state.step)

@@ -38,6 +38,10 @@ from diff2to3.training.task import Task, seeded
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
+#: What ends a run for reasons outside the code: said in one line, without a traceback.
+FAILURES = (
+    NotFiniteError, CheckpointError, FloatingPointError, MemoryError, OSError, distributed.ElsewhereError
+)  # fmt: skip
 
 
 def build_parser(name: str) -> argparse.ArgumentParser:
@@ -100,9 +104,7 @@ def main(task_class: Callable[[Any], Task], config_class: type, argv: Sequence[s
     except (InputError, MissingDependencyError) as error:
         _complain(error)
         return EXIT_BAD_INPUT
-    except (
-        NotFiniteError, CheckpointError, FloatingPointError, OSError, distributed.ElsewhereError
-    ) as error:  # fmt: skip
+    except FAILURES as error:
         _complain(error)
         return EXIT_FAILED
     except KeyboardInterrupt:

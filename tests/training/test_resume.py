@@ -16,6 +16,7 @@ from diff2to3.checkpoint import read_bundle
 from diff2to3.training import checkpoints
 from diff2to3.training.checkpoints import Checkpoints
 
+import tiny  # isort: skip
 from conftest import assert_identical, checkpoint, records, start, stored, train, wait_for  # isort: skip
 
 
@@ -183,6 +184,24 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(
     if step:
         tensors = stored(tmp_path, step)  # the newest checkpoint is of the steps before
         assert all(bool(t.isfinite().all()) for t in tensors.values())
+
+
+def test_a_full_gpu_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def forward(self: object, *inputs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tiny.Objective, "forward", forward)
+    assert train(tmp_path / "run", "train.accumulate=2") == 1
+    errors = capsys.readouterr().err
+    assert "step 0: out of GPU memory with parts of 4, 4 items" in errors and "train.accumulate" in errors
+
+
+def test_values_that_are_not_an_item_s_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny.Objective, "forward", lambda self, *inputs: {"loss": torch.zeros(())})
+    with pytest.raises(ValueError, match=r"loss: expected shape \[4\], got \[\]"):
+        train(tmp_path / "run")
 
 
 def test_two_programs_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
