@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,6 +219,15 @@ def merge_bundles(
     return merged, tensors
 
 
+def _same(value: Any, other: Any) -> bool:
+    """Equal, numbers to rounding: statistics that several trainings computed differ in their last digits."""
+    if isinstance(value, list) and isinstance(other, list):
+        return len(value) == len(other) and all(_same(a, b) for a, b in zip(value, other, strict=True))
+    if isinstance(value, float) and isinstance(other, float):
+        return math.isclose(value, other, rel_tol=1e-5, abs_tol=1e-6)
+    return bool(value == other)
+
+
 def _merged_kind(kinds: list[str], names: set[str]) -> str:
     if {"structure_flow", "structure_decoder", "latent_flow", "decoder"} <= names:
         return next((kind for kind in kinds if kind.endswith("-to-3d")), "image-to-3d")
@@ -236,7 +246,7 @@ def _merge_settings(
         held = merged.get(key)
         if isinstance(held, Mapping) and isinstance(value, Mapping):
             merged[key] = _merge_settings(held, value, replace, origin)
-        elif key in merged and held != value and not replace:
+        elif key in merged and not _same(held, value) and not replace:
             raise InputError(
                 f"{origin}: settings: {key!r} is {value!r}, and {held!r} in the bundle before it"
             )

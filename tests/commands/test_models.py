@@ -29,7 +29,7 @@ def parts(tmp_path: Path) -> list[str]:
         tmp_path / "b", "structure-vae", {"structure_decoder": 3}, {"structure_latents": {"mean": [1]}}
     )
     flows = {"structure_flow": 4, "latent_flow": 5}
-    settings = {"latents": {"mean": [0.0]}, "samplers": {"latent": 1}}
+    settings = {"latents": {"mean": [1e-9]}, "samplers": {"latent": 1}}  # equal but for rounding
     return [str(vae), str(structure), str(bundle(tmp_path / "c", "flow", flows, settings))]
 
 
@@ -45,7 +45,7 @@ def test_networks_and_settings_of_all(parts, tmp_path, capsys):
     assert info.kind == "image-to-3d" and info.license == "MIT"
     assert info.source == "made as vae; made as structure-vae; made as flow"
     assert info.settings == {
-        "latents": {"mean": [0.0]},
+        "latents": {"mean": [1e-9]},
         "features": [1],
         "structure_latents": {"mean": [1]},
         "samplers": {"latent": 1},
