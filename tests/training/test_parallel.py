@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from diff2to3.training.distributed import can_shard_on_cpu
 
-from conftest import assert_close, checkpoint, records, stored, train, train_in_pairs  # isort: skip
+from training_runs import assert_close, checkpoint, records, stored, train, train_in_pairs  # isort: skip
 
 #: A step's batch in two parts of two items, for one process by accumulation.
 HALVES = "batch_size=2"

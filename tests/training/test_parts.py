@@ -25,7 +25,7 @@ from diff2to3.training.precision import LossScale
 from diff2to3.training.schedules import rate_factor
 from diff2to3.training.task import Randomness, seeded
 
-from conftest import assert_close, records, stored, train  # isort: skip
+from training_runs import assert_close, records, stored, train  # isort: skip
 
 
 def test_schedules_against_their_formulas() -> None:

@@ -17,7 +17,7 @@ from diff2to3.training import checkpoints
 from diff2to3.training.checkpoints import Checkpoints
 
 import tiny  # isort: skip
-from conftest import assert_identical, checkpoint, records, start, stored, train, wait_for  # isort: skip
+from training_runs import assert_identical, checkpoint, records, start, stored, train, wait_for  # isort: skip
 
 
 def test_a_run_leaves_what_it_should(straight: Path) -> None:

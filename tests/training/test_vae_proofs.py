@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import (  # isort: skip
+from training_runs import (  # isort: skip
     FOLDER,
     assert_identical,
     checkpoint,
