@@ -41,7 +41,8 @@ class Protocol:
     ssim_border   see :func:`diff2to3.metrics.image.ssim`
     lpips_net     "vgg" or "alex"
     kd_subsets, kd_subset_size   of KD's estimate
-    shape_points  sampled on surfaces for Chamfer and F-score; 0 leaves shapes out
+    shape_points  sampled on surfaces for Chamfer and F-score; 0 leaves shapes out. Generation then is compared with
+                  the asset itself as well, shape and pictures, which supposes that it is in the asset's frame
     f_threshold   of the F-score, in object units
     voxels        grid of the voxel IoU
     render        how the assets themselves are rendered

@@ -88,7 +88,7 @@ class Scorer:
             )
         try:
             if self.rules.task == "generation":
-                return self._generation(subject, ours, theirs, method)
+                return self._generation(subject, ours, theirs, method, truth)
             values = self._pairs(ours, theirs)
             if self.rules.shape_points and ours.gaussians is not None and isinstance(truth, MeshSource):
                 values |= self._shape(subject, ours)
@@ -115,9 +115,13 @@ class Scorer:
             "voxel_iou": voxel_iou(cells, truth_cells),
         }
 
-    def _generation(self, subject: Subject, ours: Pictures, theirs: Pictures, method: Source) -> AssetScore:
+    def _generation(
+        self, subject: Subject, ours: Pictures, theirs: Pictures, method: Source, truth: Source
+    ) -> AssetScore:
         values: dict[str, float] = {}
         features: dict[str, tuple[Tensor, Tensor]] = {}
+        if self.rules.shape_points and ours.gaussians is not None and isinstance(truth, MeshSource):
+            values |= self._pairs(ours, theirs) | self._shape(subject, ours)
         for name, extractor in self.extractors.items():
             found = extractor(ours.images)
             if name == "clip":

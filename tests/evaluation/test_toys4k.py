@@ -383,3 +383,15 @@ def test_a_bundle_reconstructs_a_split(program, boxes, vae, tmp_path, capsys):
     ]
     assert program("toys4k").main([*words, *TINY, "--split", "test"]) == 2
     assert "known are train, val" in capsys.readouterr().err
+
+
+def test_generation_is_compared_with_the_asset_where_shapes_are_asked_for(program, toys4k, method, tmp_path):
+    out = tmp_path / "run"
+    words = ["generation", "--assets", f"toys4k:{toys4k}", "--device", "cpu", "--offline", "--out", str(out)]
+    words += ["--weights", "clip=none", "inception=none", "dinov2=none", "--set", "shape_points=300", *TINY]
+    assert program("toys4k").main([*words, "--method", f"call:{method}:from_photo"]) == 0
+    metrics = numbers(out)["metrics"]
+    assert set(metrics) == {
+        "psnr", "ssim", "psnr_foreground", "ciede2000", "chamfer", "f_score", "voxel_iou",
+    }  # fmt: skip
+    assert 5 < metrics["psnr"]["value"] < 40 and 0 < metrics["chamfer"]["value"] < 0.5
