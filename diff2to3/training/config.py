@@ -33,11 +33,13 @@ class TrainConfig:
     ema_warmup         begin with a lower decay, min(ema, (1 + step) / (10 + step))
 
     precision          fp32, bf16 or fp16: the dtype of autocast; weights are always float32
-    accumulate         parts of a batch that each process takes one after another
+    accumulate         parts of a batch that each process takes one after another. A step is dealt in (processes x
+                       accumulate) parts: where that product stays the same, so do the batches, exactly
     parallel           ddp or fsdp2 (weights, gradients and optimiser state sharded); for several processes
     find_unused        ddp: some weights have no gradient in some steps
     checkpoint_blocks  compute the blocks' activations again in the backward pass instead of keeping them
-    compile            torch.compile the blocks
+    compile            torch.compile the blocks, which takes minutes at the start. Holds, in whole graphs, for the
+                       2to3-VAE's blocks of both types and for SMDiT's, also with checkpoint_blocks
     device             cpu, cuda, mps; null for the best there is
     threads            CPU threads a process; null as torch decides
 
