@@ -82,7 +82,7 @@ PACKAGES = (
     Package("meshoptimizer", "compressed glTF", extra("data")),
     Package("ray", "preparing data on a cluster", 'pip install "ray[default]"'),
     Package("huggingface_hub", "downloads of models", extra("flux"), ("huggingface-hub",)),
-    Package("rembg", "background removal", 'pip install "rembg[cpu]"'),
+    Package("rembg", "background removal", extra("photos")),
     Package("imageio_ffmpeg", "films of turntables", extra("video"), ("imageio-ffmpeg",)),
     Package("wandb", "experiment tracking", extra("wandb")),
     Package("bpy", "Blender as a renderer", "pip install bpy   (each release supports one Python version)"),

@@ -9,6 +9,7 @@ none    the photo has been cut out already: all of it is the object
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,8 @@ def cut_out(image: Image.Image, method: str = "auto", *, offline: bool = False) 
     if has_transparency(image):
         return CutOut(image, "alpha")
     image = shrunk(image.convert("RGB"), MAX_REMOVAL_SIDE)
-    if all(high - low <= 2 for low, high in image.getextrema()):
+    extrema: Any = image.getextrema()
+    if all(high - low <= 2 for low, high in extrema):
         raise InputError("image: all its pixels have the same colour; there is no object to see")
     notes: list[str] = []
     result = None
@@ -75,7 +77,7 @@ def cut_out(image: Image.Image, method: str = "auto", *, offline: bool = False) 
 
 
 def has_transparency(image: Image.Image) -> bool:
-    return image.mode == "RGBA" and image.getextrema()[3][0] < 255  # type: ignore[index]
+    return image.mode == "RGBA" and bool((np.asarray(image)[:, :, 3] < 255).any())
 
 
 def shrunk(image: Image.Image, side: int) -> Image.Image:
@@ -110,7 +112,7 @@ def by_rembg(image: Image.Image, offline: bool) -> Image.Image:
     """RGBA by rembg's U²-Net. InputError when it (or the download of its weights) fails."""
     try:
         import rembg
-    except ImportError as error:
+    except (ImportError, SystemExit) as error:  # without onnxruntime, some versions end the program
         hint = 'pip install "diff2to3[photos]" (or give a PNG whose background is transparent)'
         raise MissingDependencyError("rembg, which cuts objects out of photos,", hint=hint) from error
     try:
@@ -127,13 +129,12 @@ def by_rembg(image: Image.Image, offline: bool) -> Image.Image:
 
 
 def has_weights() -> bool:
-    """Whether rembg finds U²-Net on this machine; True for versions that cannot be asked."""
-    try:
-        from rembg.sessions.u2net import U2netSession
-    except ImportError:
-        return True
-    find = getattr(U2netSession, "resolve_existing", None)
-    return find is None or find("u2net.onnx") is not None
+    """Whether rembg finds U²-Net on this machine."""
+    from rembg.sessions.u2net import U2netSession
+
+    if hasattr(U2netSession, "resolve_existing"):
+        return U2netSession.resolve_existing("u2net.onnx") is not None
+    return (Path(U2netSession.u2net_home()) / "u2net.onnx").is_file()
 
 
 # ---- the border's colour ----

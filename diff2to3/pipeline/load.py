@@ -7,7 +7,7 @@ ckpts/NAME.json + .safetensors     NAME.safetensors
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -365,7 +365,7 @@ def assemble(
     stages: list[StageSettings],
     options: Options,
     *,
-    statistics: list[Mapping[str, list[float]] | None],
+    statistics: Sequence[Mapping[str, list[float]] | None],
     framing: Framing,
     trellis: bool,
     notes: list[str] | None = None,

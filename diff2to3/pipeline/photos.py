@@ -141,7 +141,7 @@ def frame_like_trellis(image: Image.Image, size: int) -> Tensor:
     left, top, right, bottom = check_object(np.asarray(image)[:, :, 3])
     half = max(int(max(right - left, bottom - top) * CROP_MARGIN) // 2, 1)
     x, y = (left + right) / 2, (top + bottom) / 2
-    cropped = image.crop((x - half, y - half, x + half, y + half))  # type: ignore[arg-type]
+    cropped = image.crop((x - half, y - half, x + half, y + half))
     pixels = np.asarray(cropped.resize((size, size), Image.Resampling.LANCZOS), np.float32) / 255
     premultiplied = (pixels[:, :, :3] * pixels[:, :, 3:] * 255).astype(np.uint8)
     return torch.from_numpy(premultiplied).permute(2, 0, 1).float() / 255

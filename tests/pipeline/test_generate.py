@@ -179,12 +179,20 @@ def gsplat_peer():
     return module
 
 
-def test_other_programs_read_and_render_the_ply_alike(generate, photos, tmp_path):
-    """plyfile's columns, activated as the 3DGS paper says, through gsplat's PyTorch reference."""
-    plyfile = pytest.importorskip("plyfile", reason="an independent reader of .ply")
+def vertices_by(library, path):
+    """The vertices of a .ply as a structured array."""
+    module = pytest.importorskip(library, reason="an independent reader of .ply")
+    if library == "plyfile":
+        return module.PlyData.read(str(path))["vertex"].data
+    return module.load(path, process=False).metadata["_ply_raw"]["vertex"]["data"]
+
+
+@pytest.mark.parametrize("library", ["plyfile", "trimesh"])
+def test_other_programs_read_and_render_the_ply_alike(generate, photos, tmp_path, library):
+    """Another reader's columns, activated as the 3DGS paper says, through gsplat's PyTorch reference."""
     pytest.importorskip("gsplat", reason="an independent rasteriser")
     assert generate(photos[0], "-o", tmp_path, "--turntable", "none") == 0
-    vertices = plyfile.PlyData.read(str(tmp_path / "photo0.ply"))["vertex"].data
+    vertices = vertices_by(library, tmp_path / "photo0.ply")
 
     def columns(*names):
         return torch.from_numpy(np.stack([vertices[name].astype(np.float32) for name in names], -1))
