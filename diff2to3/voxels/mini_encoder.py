@@ -70,9 +70,9 @@ class Context(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.features = nn.Conv2d(width, width, 1)
-        last = nn.Linear(width, width)
+        first, last = nn.Linear(2 * width, width), nn.Linear(width, width)
         nn.init.zeros_(last.weight)
-        self.mix = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), last)
+        self.mix = nn.Sequential(first, nn.ReLU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.relu(self.features(x)).flatten(2).float()
