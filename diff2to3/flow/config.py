@@ -85,6 +85,8 @@ class SMDiTConfig:
     position          none, ape or marope
     rope_theta        base of the rotary frequencies
     share_modulation  one modulation for all blocks, with an offset of each block's own
+    precondition      the network gives what the best linear guess at the velocity lacks (see
+                      diff2to3.flow.matching.precondition); not in the paper
     """
 
     resolution: int = 16
@@ -101,6 +103,7 @@ class SMDiTConfig:
     position: str = "marope"
     rope_theta: float = 10000.0
     share_modulation: bool = False
+    precondition: bool = False
     qk_rms_norm: bool = True
     attention_backend: str = "auto"
 

@@ -47,6 +47,18 @@ def target_velocity(data: Tensor, noise: Tensor) -> Tensor:
     return noise - data
 
 
+def precondition(output: Tensor, latents: Tensor, t: Tensor) -> Tensor:
+    """The velocity c_skip(t) z_t + c_out(t) F of a network's output F; t broadcasts to the latents.
+
+    For latents of unit variance that are otherwise unknown, the best linear guess at u from z_t is c_skip z_t with
+    c_skip = (2t − 1) / σ², σ² = (1 − t)² + t², and what it lacks has variance 1/σ² = c_out² (the reasoning of
+    Karras et al. 2022, section 5, for this path). The network then need not learn to pass noise through itself.
+    """
+    t = t.to(latents.dtype)
+    variance = (1 - t).square() + t.square()
+    return (2 * t - 1) / variance * latents + output / variance.sqrt()
+
+
 def squared_error(velocity: Tensor, target: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """‖v − u‖² averaged over the numbers of each item: [B].
 

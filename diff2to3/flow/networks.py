@@ -63,6 +63,7 @@ class FlowConfig:
     image_patch_size: int = 2
     rope_theta: float = 10000.0
     share_modulation: bool = False
+    precondition: bool = False
     io_channels: list[int] = field(default_factory=lambda: [128])
     num_io_blocks: int = 2
     io_kernel: str = "cube"
@@ -75,6 +76,8 @@ class FlowConfig:
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.backbone == "dit" and self.precondition:
+            raise ValueError("precondition: smdit only; dit is the published baseline")
         if self.backbone == "dit" and (self.position != "ape" or self.io_kernel != "cube"):
             raise ValueError("backbone: dit has position 'ape' and io_kernel 'cube' only")
         self.network_config()
@@ -98,6 +101,7 @@ class FlowConfig:
             "image_patch_size",
             "position",
             "rope_theta",
+            "precondition",
         ):
             values[name] = getattr(self, name)
         if self.stage == "latents":

@@ -21,6 +21,7 @@ from diff2to3.flow.blocks import NUM_PARTS, BlockPlan, DoubleStreamBlock, Rows, 
 from diff2to3.flow.config import LatentSMDiTConfig, SMDiTConfig
 from diff2to3.flow.dit import to_grid, to_tokens
 from diff2to3.flow.marope import image_ids, marope_tables, voxel_ids
+from diff2to3.flow.matching import precondition
 from diff2to3.flow.pyramid import Level, ascend, build_levels, descend, input_blocks, output_blocks
 from diff2to3.flow.tokens import ImageTokens, boundaries
 from diff2to3.nn.attention import AttentionHooks
@@ -165,7 +166,10 @@ class StructureSMDiT(SMDiT):
         x = self.input_layer(to_tokens(latents, c.patch_size)).flatten(0, 1)
         x = self.run_blocks(x, self.t_embedder(timestep), image, plan, hooks).to(latents.dtype)
         x = self.out_layer(final_norm(x)).unflatten(0, (batch, -1))
-        return to_grid(x, c.patch_size, c.grid)
+        output = to_grid(x, c.patch_size, c.grid)
+        if not c.precondition:
+            return output
+        return precondition(output, latents, timestep.to(latents.device).reshape(-1, 1, 1, 1, 1))
 
 
 class LatentSMDiT(SMDiT):
@@ -210,4 +214,8 @@ class LatentSMDiT(SMDiT):
         h, skips = descend(self.input_blocks, h, time, plan.levels)
         h = self.run_blocks(h, embedded, image, plan, hooks)
         h = ascend(self.out_blocks, h, skips, time, plan.levels, self.config.skip_connection)
-        return self.out_layer(final_norm(h).to(latents.feats.dtype))
+        output = self.out_layer(final_norm(h).to(latents.feats.dtype))
+        if not self.config.precondition:
+            return output
+        t = torch.repeat_interleave(timestep.to(output.device), latents.cu_seqlens.diff().long())
+        return precondition(output, latents.feats, t[:, None])

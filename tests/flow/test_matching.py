@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from diff2to3.flow.matching import PathConfig, draw_times, noised, squared_error, target_velocity
+from diff2to3.flow.matching import (
+    PathConfig,
+    draw_times,
+    noised,
+    precondition,
+    squared_error,
+    target_velocity,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,3 +67,17 @@ def test_the_best_constant_velocity_of_a_gaussian_is_learnt(generator):
     expected = (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)
     assert slope == pytest.approx(expected, abs=0.02)
     assert math.isclose(float(u.mean()), -m, abs_tol=0.01)
+
+
+def test_preconditioning_is_the_best_linear_guess_and_leaves_unit_variance() -> None:
+    """Of independent z_0 and ε of unit variance: no other multiple of z_t comes closer to u, and the rest / c_out has
+    variance 1."""
+    generator = torch.Generator().manual_seed(0)
+    z0, noise = torch.randn(2, 400_000, generator=generator, dtype=torch.float64)
+    for t in (0.0, 0.2, 0.5, 0.9, 1.0):
+        z, u = noised(z0, noise, torch.tensor(t)), target_velocity(z0, noise)
+        best = (z @ u) / (z @ z)
+        guess = precondition(torch.zeros_like(z), z, torch.tensor(t, dtype=torch.float64))
+        assert torch.allclose(guess, best * z, atol=0.02)
+        c_out = precondition(torch.ones_like(z), torch.zeros_like(z), torch.tensor(t, dtype=torch.float64))[0]
+        assert float(((u - guess) / c_out).var()) == pytest.approx(1, abs=0.01)
