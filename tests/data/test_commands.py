@@ -62,7 +62,7 @@ def test_both_presets_are_shipped_with_the_sizes_of_the_design() -> None:
             r"features\.a\.resolution: 32 is not in resolutions",
         ),
         ({"resolutions": [512]}, "1 to 256, got 512"),
-        ({"view_sets": {"a-b": {}}}, "'a-b': names of view sets"),
+        ({"view_sets": {"a-b": {}}}, "'a-b': names of sets"),
         ({"weights": {"taef": "x"}}, "weights: unknown provider 'taef'"),
         ({"view_sets": {"a": {"size": 4}}}, "size: expected 8 to 4096"),
     ],
