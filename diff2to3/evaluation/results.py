@@ -117,7 +117,7 @@ def text_table(rows: Mapping[str, Mapping[str, float]], first: str) -> str:
     lines = [heads + [COLUMNS[k][0] for k in keys]]
     for name, row in rows.items():
         counts = [f"{row['num_assets']:.0f}" if "num_assets" in row else ""] if len(heads) > 1 else []
-        lines.append([name, *counts, *(f"{row[k]:.{COLUMNS[k][2]}f}" if k in row else "—" for k in keys)])
+        lines.append([name, *counts, *(_cell(row, k) for k in keys)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = (
         "  ".join(
@@ -126,6 +126,11 @@ def text_table(rows: Mapping[str, Mapping[str, float]], first: str) -> str:
         for line in lines
     )
     return "\n".join(line.rstrip() for line in text)
+
+
+def _cell(row: Row, key: str) -> str:
+    value = row.get(key)
+    return "—" if value is None else f"{value:.{COLUMNS[key][2]}f}"
 
 
 def markdown_table(rows: Mapping[str, Mapping[str, float]], first: str) -> str:
@@ -137,7 +142,7 @@ def markdown_table(rows: Mapping[str, Mapping[str, float]], first: str) -> str:
     lines.append(["---"] * len(lines[0]))
     for name, row in rows.items():
         counts = [f"{row['num_assets']:.0f}" if "num_assets" in row else ""] if counted else []
-        lines.append([name, *counts, *(f"{row[k]:.{COLUMNS[k][2]}f}" if k in row else "—" for k in keys)])
+        lines.append([name, *counts, *(_cell(row, k) for k in keys)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -83,6 +83,21 @@ def test_a_result_of_val(evaluate, boxes, vae, tmp_path, capsys):
     assert again["ssim"] == pytest.approx(result["assets"]["plain/box-1"]["ssim"])
 
 
+def test_an_asset_too_thin_to_see_has_no_foreground(evaluate, tmp_path, capsys):
+    """A sliver covers no pixel by half: numbers of the foreground are undefined, and not counted."""
+    trimesh = pytest.importorskip("trimesh")
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for name, height in (("thin", 1e-7), ("thick", 1.0)):
+        mesh = trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [0.5, height, 0]], [[0, 1, 2]], process=False)
+        (folder / f"{name}.glb").write_bytes(mesh.export(file_type="glb"))
+    assert evaluate(tmp_path / "r.json", assets=str(folder)) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["assets"]["thin"]["psnr_foreground"] is None and result["assets"]["thin"]["psnr"] > 0
+    assert result["mean"]["psnr_foreground"] == result["assets"]["thick"]["psnr_foreground"]
+    assert "—" in capsys.readouterr().out
+
+
 def test_scores_are_of_held_out_views_on_white(vae, boxes):
     record = next(r for r in choose_assets([str(boxes)]).records if r.id == "plain/box-1")
     made = reconstruct_and_compare(Setup(str(vae), reconstruction_rules(3, 24)), record)
