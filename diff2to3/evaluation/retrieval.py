@@ -1,19 +1,21 @@
 """The baseline that a generator has to beat: the training asset whose conditioning view looks most like the photo.
 
-Descriptor of a picture: the object cropped to its box exactly as the generator's condition is
-(diff2to3.flow.framing), SIDE pixels a side, colour premultiplied, with alpha as a fourth channel. Distance: that of
-the pixels, alpha counting ALPHA_WEIGHT times. The nearest view of any training asset wins.
+Descriptor of a picture: the object cropped to its box as the generator's condition is (diff2to3.flow.framing), through
+the package's image encoder, its latents pooled to POOLED x POOLED cells and normalised. The greatest cosine over all
+views of all training assets wins. On the mini data set, with 4 views a training asset, the voxels so found have an IoU
+of 0.278 with the photographed asset's (mean over the 117 of val; 0.057 at random; 0.224 by the crops' pixels).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -22,11 +24,14 @@ from diff2to3.errors import InputError
 from diff2to3.evaluation.parallel import run_items
 from diff2to3.evaluation.protocol import Protocol
 from diff2to3.files import write_atomic
-from diff2to3.flow.framing import Framing, frame
+from diff2to3.flow.framing import Framing, frame_views
 from diff2to3.views import generator_for, make_renderer, sample_cameras
+from diff2to3.voxels.providers import FeatureProvider, build_provider
 
-#: Pixels a side of a descriptor, weight of alpha's difference, and pixels a side of the training views.
-SIDE, ALPHA_WEIGHT, VIEW_SIZE = 16, 1.0, 64
+#: Pixels a side of the views that are compared and of their crops, and cells a side of a descriptor.
+VIEW_SIZE, CROP_SIZE, POOLED = 128, 96, 4
+#: Counts changes of the descriptor, so that an older index is not taken for a new one.
+VERSION = 2
 #: Conditioning views of a training asset that are looked at.
 NUM_VIEWS = 12
 
@@ -40,45 +45,52 @@ class IndexSetup:
 
 
 def describe(images: Tensor, alphas: Tensor) -> Tensor:
-    """Views [V, H, W, 3] with straight alpha [V, H, W] → descriptors [V, 4, SIDE, SIDE]."""
-    framing = Framing(size=SIDE, background=0.0)
-    found = []
-    for image, alpha in zip(images, alphas, strict=True):
-        coverage = frame(torch.ones_like(image), alpha, framing)[:1]
-        found.append(torch.cat([frame(image, alpha, framing), ALPHA_WEIGHT * coverage]))
-    return torch.stack(found)
+    """Views [V, H, W, 3] with straight alpha [V, H, W] → unit vectors [V, C]. Larger views are first made as small as
+    those of the index, so that the same detail is left.
+    """
+    if images.shape[1] > VIEW_SIZE:
+        premultiplied = torch.cat([images * alphas[..., None], alphas[..., None]], -1).permute(0, 3, 1, 2)
+        small = F.interpolate(premultiplied, (VIEW_SIZE, VIEW_SIZE), mode="bilinear", antialias=True)
+        alphas = small[:, 3]
+        images = (small[:, :3] / alphas[:, None].clamp(min=1e-6)).clamp(0, 1).permute(0, 2, 3, 1)
+    framed = frame_views(images, alphas, Framing(size=CROP_SIZE))
+    found = encoder().encode(framed.permute(0, 2, 3, 1)).float()
+    return F.normalize(F.adaptive_avg_pool2d(found, POOLED).flatten(1), dim=1)
+
+
+@lru_cache(maxsize=1)
+def encoder() -> FeatureProvider:
+    """The package's own image encoder."""
+    return build_provider("mini", dtype=torch.float32)
 
 
 def describe_asset(setup: IndexSetup, item: tuple[AssetRecord, str]) -> dict[str, Any]:
     """Write the descriptors of one training asset's views to the file ``item[1]``. For ``run_items``."""
     record, path = item
     rules = setup.rules
-    config = rules.photo.__class__(**{**vars(rules.photo), "num_views": setup.num_views})
+    config = replace(rules.photo, num_views=setup.num_views)
     generator = generator_for(rules.seed, "training photos", record.id)
     viewmats, Ks = sample_cameras(config, VIEW_SIZE, VIEW_SIZE, generator)
     views = make_renderer(load_asset(record), rules.render).render(viewmats, Ks, VIEW_SIZE, VIEW_SIZE)
     found = describe(views.images, views.alphas)
-    write_atomic(Path(path), save({"descriptors": (found * 255).round().to(torch.uint8)}))
+    write_atomic(Path(path), save({"descriptors": found.half()}))
     return {}
 
 
 @dataclass(frozen=True)
 class Index:
-    """All training views: descriptors uint8 [A, V, 4, SIDE, SIDE] of assets ``ids``."""
+    """All training views: descriptors float16 [A, V, C] of assets ``ids``."""
 
     ids: tuple[str, ...]
     descriptors: Tensor
 
     def nearest(self, image: Tensor, alpha: Tensor, exclude: str = "") -> str:
         """The asset with the view nearest to a picture [H, W, 3] with alpha [H, W]."""
-        query = describe(image[None], alpha[None]).flatten()
-        best = torch.full((len(self.ids),), torch.inf)
-        for start in range(0, len(self.ids), 256):
-            held = self.descriptors[start : start + 256].float().flatten(2) / 255
-            best[start : start + 256] = (held - query).square().mean(-1).amin(1)
+        (query,) = describe(image[None], alpha[None])
+        best = (self.descriptors.float() @ query).amax(1)
         if exclude in self.ids:
-            best[self.ids.index(exclude)] = torch.inf
-        return self.ids[int(best.argmin())]
+            best[self.ids.index(exclude)] = -torch.inf
+        return self.ids[int(best.argmax())]
 
 
 def build_index(
@@ -87,7 +99,7 @@ def build_index(
     """The file of the index of ``records`` under ``folder``, and what could not be read. Made once; continued if it was
     interrupted.
     """
-    digest = setup.rules.digest()[:16]
+    digest = f"{setup.rules.digest()[:16]}-{VERSION}"
     path = folder / f"index-{fingerprint(records)[:16]}-{digest}-{setup.num_views}.safetensors"
     if path.is_file():
         return path, []
