@@ -11,9 +11,9 @@ horizon up to 60 degrees above it), and the object that comes out is compared wi
     lpips, clip, fd_*, kd_*   with --weights NAME=PATH (lpips, clip, inception, dinov2; see eval/README.md)
 
 Baselines, with the same numbers: "retrieval" is the training asset whose views look most like the photo (see
-diff2to3/evaluation/retrieval.py), shown as it is; "random" is the mean over ten random training assets (two of the views
-of each). What the baselines need of the training assets is kept under --cache. --train-assets are those of split train
-of --assets, unless given.
+diff2to3/evaluation/retrieval.py), shown as it is; "random" is the mean over ten random training assets (two views of
+each). What the baselines need of the training assets is kept under --cache. --train-assets are those of split train of
+--assets, unless given.
 
 Printed and in OUT: means with 95 % intervals by bootstrap over assets, paired differences to the baselines, the means
 by pack; pictures in OUT_pictures/index.html. A killed run is continued by the same command. Exit code 0; 1 where no
