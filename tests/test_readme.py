@@ -26,6 +26,14 @@ def commands(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for line in [*lines, *spans] for part in line.split("&&")))
 
 
+def illustrations(text: str) -> list[str]:
+    """Commands in ```text blocks, without the remarks behind #: they name files that a user has."""
+    blocks = re.findall(r"^```text\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line.split(" # ")[0].strip() for line in lines]
+    return [line for line in lines if line.startswith(("diff2to3 ", "python ", "torchrun "))]
+
+
 def project_extras() -> set[str]:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     table = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
@@ -45,7 +53,7 @@ def run(*command: str) -> None:
 
 
 @pytest.mark.parametrize("command", commands(README))
-def test_command(command: str) -> None:
+def test_command(command: str, tmp_path: Path) -> None:
     words = [word for word in shlex.split(command) if not re.match(r"[A-Z0-9_]+=", word)]
     program = words[0]
     if program == "pip":
@@ -53,10 +61,15 @@ def test_command(command: str) -> None:
     elif program == "pytest":
         run(sys.executable, "-m", "pytest", *words[1:], "--collect-only", "-q", "tests/test_readme.py")
     elif program == "diff2to3":
+        for option in ("-o", "--turntable"):  # files are made, but not in the checkout
+            if option in words:
+                words[words.index(option) + 1] = str(tmp_path / words[words.index(option) + 1])
         script = Path(sys.executable).with_name("diff2to3")  # the installed one, whatever the current folder
         run(*([str(script)] if script.exists() else [sys.executable, "-m", "diff2to3.cli"]), *words[1:])
     elif words[:2] == ["python", "-m"]:
         run(sys.executable, *words[1:], "--help")
+    elif program == "python" and words[1].endswith(".py"):
+        run(sys.executable, words[1], "--help")
     elif program == "ruff":
         pytest.importorskip("ruff", reason="ruff is not installed")
         run(sys.executable, "-m", "ruff", *words[1:], "--diff", "setup.py")
@@ -64,6 +77,27 @@ def test_command(command: str) -> None:
         run("bash", "-n", program)
     else:
         pytest.fail(f"teach this test how to run: {command}")
+
+
+@pytest.mark.parametrize("command", illustrations(README))
+def test_illustration(command: str) -> None:
+    """Its program has the options that it uses, and its files in the repository exist."""
+    words = shlex.split(command)
+    if words[0] == "diff2to3":
+        depth = 3 if words[1] in ("data", "models") else 2
+        program = [sys.executable, "-m", "diff2to3.cli", *words[1:depth]]
+    else:
+        script = next(word for word in words if word.endswith(".py"))
+        program = [sys.executable, str(ROOT / script)]
+    done = subprocess.run(
+        [*program, "--help"], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in words:
+        if word.startswith("--") and word != "--nproc-per-node":
+            assert word in done.stdout, word
+        if word.startswith(("configs/", "eval/protocol/", "eval/examples/", "train/")):
+            assert (ROOT / word).is_file(), word
 
 
 def test_commands_are_found() -> None:

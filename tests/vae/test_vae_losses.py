@@ -14,7 +14,9 @@ from diff2to3.types import Gaussians, Views
 from diff2to3.vae import losses
 
 
-def pictures(v: int = 3, h: int = 24, w: int = 31, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def pictures(
+    v: int = 3, h: int = 24, w: int = 31, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     a = torch.rand(v, h, w, 3, generator=generator, dtype=torch.float64)
     b = (0.7 * a + 0.3 * torch.rand(v, h, w, 3, generator=generator, dtype=torch.float64)).clamp(0, 1)
@@ -34,8 +36,12 @@ def test_pixel_losses_by_hand() -> None:
     images, targets = pictures(2, 8, 8)
     difference = (images - targets).double()
     for b in range(2):
-        assert float(losses.l1(images, targets)[b]) == pytest.approx(float(difference[b].abs().mean()), rel=1e-5)
-        assert float(losses.l2(images, targets)[b]) == pytest.approx(float(difference[b].pow(2).mean()), rel=1e-5)
+        assert float(losses.l1(images, targets)[b]) == pytest.approx(
+            float(difference[b].abs().mean()), rel=1e-5
+        )
+        assert float(losses.l2(images, targets)[b]) == pytest.approx(
+            float(difference[b].pow(2).mean()), rel=1e-5
+        )
     half = difference.unflatten(1, (4, 2)).unflatten(3, (4, 2)).mean((2, 4))
     quarter = half.unflatten(1, (2, 2)).unflatten(3, (2, 2)).mean((2, 4))
     expected = sum(x.diff(dim=d).abs().mean((1, 2, 3)) for x in (difference, half, quarter) for d in (1, 2))

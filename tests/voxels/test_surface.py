@@ -61,7 +61,9 @@ def test_agrees_with_a_loop_over_pixels() -> None:
     generator = torch.Generator().manual_seed(0)
     views = plane_views(24)
     noisy = torch.rand(views.images.shape, generator=generator)
-    bumpy = torch.where(views.depths > 0, views.depths + 0.1 * torch.rand(views.depths.shape, generator=generator), 0)
+    bumpy = torch.where(
+        views.depths > 0, views.depths + 0.1 * torch.rand(views.depths.shape, generator=generator), 0
+    )
     views = Views(noisy, views.alphas, views.viewmats, views.Ks, bumpy)
     everywhere = torch.stack(torch.meshgrid(*[torch.arange(R)] * 3, indexing="ij"), -1).reshape(-1, 3).int()
     found = surface_statistics(views, everywhere, R)

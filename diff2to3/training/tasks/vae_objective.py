@@ -114,7 +114,7 @@ class VaeObjective(nn.Module):
             if self.loss.edges:
                 terms["edges"] = losses.edges(drawn, target).mean()
             if self.loss.lpips and self.perceptual[0] is not None:
-                terms["lpips"] = self.perceptual[0](drawn.clamp(0, 1), target).mean()
+                terms["lpips"] = self.perceptual[0].to(drawn.device)(drawn.clamp(0, 1), target).mean()
         return terms
 
     def noise(self, voxels: SparseVoxels, ids: tuple[str, ...], randomness: Any) -> Tensor:
