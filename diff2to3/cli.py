@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from diff2to3 import __version__
@@ -51,8 +52,12 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (2 for bad input, with one line on stderr)."""
+    started = time.perf_counter()
+    # Threads of OpenMP that wait would otherwise spin: beside other programs that takes several times longer. It is
+    # read when torch is imported, which nothing above has done.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser(argv).parse_args(argv)
+    args = build_parser(argv).parse_args(argv, argparse.Namespace(started=started))
     try:
         code = int(args.run(args))
         sys.stdout.flush()

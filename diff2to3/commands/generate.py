@@ -24,6 +24,7 @@ from diff2to3.errors import InputError
 from diff2to3.flow.samplers import SAMPLERS
 from diff2to3.pipeline.cutout import METHODS
 from diff2to3.pipeline.denoise import MULTI_IMAGE_MODES, StageSettings
+from diff2to3.pipeline.machine import limit_threads
 from diff2to3.pipeline.outputs import TURNTABLES, OutputFolder, Writer, check_turntable, describe
 from diff2to3.pipeline.photos import Photo, check_photo, open_photo
 
@@ -124,6 +125,7 @@ class Task:
 
 def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
+    limit_threads()
     check_numbers(args)
     jobs = collect_jobs(args)
     check_turntable(args.turntable)
@@ -131,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     output = OutputFolder(args.out, one_asset=len(jobs) * args.num_samples == 1)
     with output:
         model = load(args, device)
-        seconds = {"load": time.perf_counter() - start}
+        seconds = {"start": start - args.started, "load": time.perf_counter() - start}
         writer = Writer(output, args.turntable, describe(args.model, model, device), seconds)
         failed = Run(args, model, writer).all(tasks_of(jobs, args))
     for note in model.notes:

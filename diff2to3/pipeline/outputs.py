@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from diff2to3.errors import InputError, MissingDependencyError
 from diff2to3.files import sync_folder
 from diff2to3.gaussians.ply import CONVENTIONS, ply_bytes
 from diff2to3.gaussians.render import EPS2D
+from diff2to3.pipeline.machine import peak_memory
 from diff2to3.pipeline.turntable import DEFAULT_VIEWS, turntable
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Writer:
                 place = self.output.replace(stem, {name: folder / name for name in names})
         except OSError as error:
             raise unwritable(self.output.folder / ply, error) from error
-        return place / ply, sum(seconds.values()) - seconds.get("load", 0.0)
+        return place / ply, sum(seconds.values()) - sum(self.seconds.values())
 
     def note(self, result: Result) -> dict[str, Any]:
         """What the .ply says about itself."""
@@ -178,21 +178,6 @@ def sync(path: Path) -> None:
     """Force a file to the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """The most memory so far: of this process (host, where the system tells) and of its tensors on a GPU (device)."""
-    out = {}
-    try:
-        import resource
-    except ImportError:  # Windows
-        pass
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        out["host"] = peak if sys.platform == "darwin" else 1024 * peak
-    if device.type == "cuda":
-        out["device"] = torch.cuda.max_memory_allocated(device)
-    return out
 
 
 def unwritable(path: Path, error: OSError) -> InputError:

@@ -20,7 +20,8 @@ def turntable(
     gaussians: Gaussians, num_views: int, resolution: int, *, elevation: float = 20.0, background: float = 1.0
 ) -> np.ndarray:
     """Frames uint8 [V, R, R, 3] of one turn around an object in the unit box."""
-    config = CameraConfig("orbit", num_views=num_views, elevation=elevation)
+    # wide enough for all but the corners of the unit box
+    config = CameraConfig("orbit", num_views=num_views, fov_degrees=48.0, elevation=elevation)
     viewmats, Ks = sample_cameras(config, resolution, resolution, np.random.default_rng(0))
     return frames(gaussians, zip(viewmats, Ks, strict=True), resolution, background)
 

@@ -65,7 +65,7 @@ def test_one_photo(generate, bundles, photos, model, tmp_path, capsys):
     assert metadata["versions"]["torch"] == torch.__version__ and metadata["device"] == "cpu"
     assert metadata["background_removal"] == ["alpha"] and metadata["warnings"] == []
     seconds = metadata["seconds"]
-    parts = {"load", "photos", "condition", "structure", "latents", "decode", "turntable", "ply"}
+    parts = {"start", "load", "photos", "condition", "structure", "latents", "decode", "turntable", "ply"}
     assert set(seconds) == {*parts, "total"}
     assert seconds["total"] == pytest.approx(sum(seconds[name] for name in parts), abs=0.01)
     assert metadata["peak_memory_bytes"]["host"] > 50e6
