@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import subprocess
@@ -69,7 +70,7 @@ def test_command(command: str, tmp_path: Path) -> None:
     elif words[:2] == ["python", "-m"]:
         run(sys.executable, *words[1:], "--help")
     elif program == "python" and words[1].endswith(".py"):
-        run(sys.executable, words[1], "--help")
+        help_of(sys.executable, str(ROOT / words[1]))
     elif program == "ruff":
         pytest.importorskip("ruff", reason="ruff is not installed")
         run(sys.executable, "-m", "ruff", *words[1:], "--diff", "setup.py")
@@ -77,6 +78,16 @@ def test_command(command: str, tmp_path: Path) -> None:
         run("bash", "-n", program)
     else:
         pytest.fail(f"teach this test how to run: {command}")
+
+
+@functools.cache
+def help_of(*program: str) -> str:
+    """What a program prints for --help; asked once, for starting it takes seconds."""
+    done = subprocess.run(
+        [*program, "--help"], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("command", illustrations(README))
@@ -89,13 +100,10 @@ def test_illustration(command: str) -> None:
     else:
         script = next(word for word in words if word.endswith(".py"))
         program = [sys.executable, str(ROOT / script)]
-    done = subprocess.run(
-        [*program, "--help"], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    shown = help_of(*program)
     for word in words:
         if word.startswith("--") and word != "--nproc-per-node":
-            assert word in done.stdout, word
+            assert word in shown, word
         if word.startswith(("configs/", "eval/protocol/", "eval/examples/", "train/")):
             assert (ROOT / word).is_file(), word
 
