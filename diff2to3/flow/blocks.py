@@ -59,7 +59,11 @@ class Modulation(nn.Module):
 
     def forward(self, time: Tensor, rows: Rows) -> tuple[Tensor, ...]:
         """time [B, D] (or the shared parts [B, 6 D]) → six of [T, D]."""
-        parts = time + self.offset.to(time.dtype) if self.layers is None else self.layers(time)
+        if self.layers is None:
+            assert self.offset is not None
+            parts = time + self.offset.to(time.dtype)
+        else:
+            parts = self.layers(time)
         return tuple(rows.spread(part) for part in parts.chunk(NUM_PARTS, -1))
 
 

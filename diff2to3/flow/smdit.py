@@ -96,8 +96,8 @@ class SMDiT(nn.Module):
         items = torch.arange(batch_size, device=coords.device)
         rows_i = torch.repeat_interleave(items, image.cu_seqlens.diff().long())
         voxels, both = coords[:, 0].long(), joint.batch_index
-        rows = [Rows(None if single else index) for index in (voxels, rows_i, both)]
-        return JointTokens(coords, levels, BlockPlan(joint, *rows, rotary))
+        of_voxels, of_image, of_both = (Rows(None if single else index) for index in (voxels, rows_i, both))
+        return JointTokens(coords, levels, BlockPlan(joint, of_voxels, of_image, of_both, rotary))
 
     def run_blocks(
         self, x: Tensor, time: Tensor, image: ImageTokens, plan: JointTokens, hooks: Hooks | None = None
