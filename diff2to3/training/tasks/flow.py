@@ -220,7 +220,7 @@ class FlowTask:
         assert isinstance(objective, FlowObjective)
         network: Any = objective.network
         structure = self.config.model.stage == "structure"
-        name, latents = ("structure_flow", "structure_latents") if structure else ("latent_flow", "latents")
+        name, latents = objective.name, "structure_latents" if structure else "latents"
         config = config_to_dict(network.config)
         entry = NetworkEntry(type(network).__name__, config, f"{name}.safetensors")
         settings = {

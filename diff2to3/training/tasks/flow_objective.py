@@ -74,10 +74,16 @@ class FlowObjective(nn.Module):
     ) -> None:
         """``resolution``: of the voxels that sparse latents are on."""
         super().__init__()
-        self.network, self.loss = network, loss
+        self.name = "latent_flow" if latent_stage.startswith("latents_") else "structure_flow"
+        self.add_module(self.name, network)  # the name it has in bundles, so that runs can begin with one
+        self.loss = loss
         self.latents, self.image = latents, image
         self.latent_stage, self.token_stage, self.resolution = latent_stage, token_stage, resolution
         self.image_patch_size = 0
+
+    @property
+    def network(self) -> nn.Module:
+        return getattr(self, self.name)
 
     @property
     def sparse(self) -> bool:
