@@ -234,7 +234,7 @@ class TestRefusals:
         with pytest.raises(InputError, match="features_rgb needs views_input"):
             prepare(settings(tmp_path / "set", stages=["features"]), InlineExecutor())
         with pytest.raises(
-            InputError, match="unknown stage 'latent'; known are views, voxels, features, .*views_input"
+            InputError, match=r"unknown stage 'latent'; known are views, voxels, features, .*views_input"
         ):
             prepare(settings(tmp_path / "set", stages=["latent"]), InlineExecutor())
 
