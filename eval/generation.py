@@ -199,6 +199,11 @@ def collect(
         method: paired(rows["ours"], rows[method], result["mean"], held["mean"])
         for method, held in result["baselines"].items()
     }
+    nothing = [name for name, row in outcomes.items() if "nothing" in row.get("values", {})]
+    if nothing:
+        result["notes"].append(
+            f"{len(nothing)} assets of which the model made nothing are scored as empty space: {', '.join(nothing)}"
+        )
     result["baseline_assets"] = {
         name: {
             k: row["values"][k] for k in ("retrieved", "retrieval", "drawn", "random") if k in row["values"]

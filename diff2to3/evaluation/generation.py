@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from diff2to3.assets import AssetRecord, FileSource, load_asset
+from diff2to3.errors import InputError
 from diff2to3.evaluation.assets import AssetList
 from diff2to3.evaluation.protocol import Cameras, Protocol
 from diff2to3.evaluation.reconstruction import load_lpips, pictures, write_png
@@ -163,11 +164,9 @@ def score_asset(setup: Setup, record: AssetRecord) -> dict[str, Any]:
     photo = photo_of(setup, record.id, renderer)
     truth = show_mesh(setup, record, mesh, renderer)
     seed = setup.rules.asset_seed(record.id)
-    made = load_model(setup)(as_image(photo), seed=seed, **stage_options(setup))
-    fits = made.latents.resolution == setup.resolution
-    ours = show_gaussians(setup, made.gaussians, made.latents.coords[:, 1:] if fits else None, seed)
+    ours, more = generate(setup, photo, seed)
     shown = {"ours": ours}
-    row: dict[str, Any] = {"ours": plain(compare(setup, ours, truth))}
+    row: dict[str, Any] = {"ours": plain(compare(setup, ours, truth)), **more}
     if setup.index:
         nearest = load_index(setup.index).nearest(photo.images[0], photo.alphas[0], record.id)
         shown["retrieval"] = training_asset(setup, nearest)
@@ -181,9 +180,27 @@ def score_asset(setup: Setup, record: AssetRecord) -> dict[str, Any]:
         row["random"] = plain({k: float(np.nanmean([n[k] for n in numbers])) for k in numbers[0]})
         row["drawn"] = drawn
     add_features(setup, record.id, photo, truth, shown, row)
-    row["seconds"] = round(sum(made.seconds.values()), 3)
-    row["num_voxels"], row["num_gaussians"] = len(made.latents), len(made.gaussians)
     return row
+
+
+def generate(setup: Setup, photo: Views, seed: int) -> tuple[Shown, dict[str, Any]]:
+    """What the model makes of a photo, and facts about it. Where it makes nothing, that is its answer, and counts."""
+    image = as_image(photo)
+    try:
+        made = load_model(setup)(image, seed=seed, **stage_options(setup))
+    except InputError as error:
+        size = setup.rules.resolution
+        blank = torch.full((setup.rules.cameras.num_views, size, size, 3), setup.rules.background[0])
+        nothing = Shown(blank, None, torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int32))
+        return nothing, {"seconds": None, "num_voxels": 0, "num_gaussians": 0, "nothing": str(error)}
+    fits = made.latents.resolution == setup.resolution
+    shown = show_gaussians(setup, made.gaussians, made.latents.coords[:, 1:] if fits else None, seed)
+    seconds = round(sum(made.seconds.values()), 3)
+    return shown, {
+        "seconds": seconds,
+        "num_voxels": len(made.latents),
+        "num_gaussians": len(made.gaussians),
+    }
 
 
 def save_picture(setup: Setup, item: tuple[AssetRecord, str]) -> dict[str, Any]:
@@ -192,10 +209,8 @@ def save_picture(setup: Setup, item: tuple[AssetRecord, str]) -> dict[str, Any]:
     mesh = load_asset(record)
     renderer = make_renderer(mesh, setup.rules.render)
     photo = photo_of(setup, record.id, renderer)
-    seed = setup.rules.asset_seed(record.id)
-    made = load_model(setup)(as_image(photo), seed=seed, **stage_options(setup))
-    rows = [show_mesh(setup, record, mesh, renderer).images]
-    rows.append(show_gaussians(setup, made.gaussians, made.latents.coords[:, 1:], seed).images)
+    ours, _ = generate(setup, photo, setup.rules.asset_seed(record.id))
+    rows = [show_mesh(setup, record, mesh, renderer).images, ours.images]
     if setup.index:
         nearest = load_index(setup.index).nearest(photo.images[0], photo.alphas[0], record.id)
         rows.append(training_asset(setup, nearest).in_floats().images)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from diff2to3.errors import InputError
 from diff2to3.evaluation.assets import choose_assets
 from diff2to3.evaluation.generation import (
     Setup,
@@ -149,6 +150,22 @@ def test_gaussians_are_compared_by_those_that_are_solid(boxes):
     faint = Gaussians(dots.means, dots.quats, dots.scales, solid * 0.1, dots.sh)
     gone = compare(setup, show_gaussians(setup, faint, None, 0), truth)
     assert gone["chamfer"] == pytest.approx(3**0.5) and gone["f_score"] == 0 and gone["voxel_iou"] == 0
+
+
+def test_nothing_made_is_scored_as_empty_space(boxes, generator_bundle, monkeypatch):
+    from diff2to3.evaluation import generation
+
+    def no_model(setup):
+        def call(image, **options):
+            raise InputError("the structure stage generated no voxel")
+
+        return call
+
+    monkeypatch.setattr(generation, "load_model", no_model)
+    record = choose_assets([str(boxes)], "train").records[0]
+    row = score_asset(Setup("unused", generation_rules(2, 32, lighting=UNLIT)), record)
+    assert row["ours"]["voxel_iou"] == 0 and row["ours"]["f_score"] == 0 and row["ours"]["psnr"] > 0
+    assert row["nothing"] == "the structure stage generated no voxel" and row["num_gaussians"] == 0
 
 
 def test_paired_differences_have_signs():
