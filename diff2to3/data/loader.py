@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diff2to3.data.pictures import shrink
 from diff2to3.data.plan import PlannedAsset
-from diff2to3.data.store import AssetStore, occupancy
+from diff2to3.data.store import AssetStore, feature_stage, occupancy
 from diff2to3.errors import InputError
 from diff2to3.types import SparseVoxels, Views
 
@@ -304,7 +304,7 @@ def _stages(root: Path, config: LoaderConfig) -> tuple[list[str], str]:
     """The stages that a loader reads, and the grid that batches are balanced by: the features', else the
     finest of those it reads, else the finest there is."""
     prepared = sorted(path.parent.name for path in root.glob("*/settings.json"))
-    stages = [f"features_{name.partition('.')[0]}" for name in config.features]
+    stages = [feature_stage(name) for name in config.features]
     stages += [f"voxels_{resolution}" for resolution in config.occupancy]
     stages += [f"views_{name}" for name in config.views]
     stages += [name.partition("/")[0] for name in config.tensors]

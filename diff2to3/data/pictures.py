@@ -9,6 +9,7 @@ import io
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -77,12 +78,11 @@ def shrink(views: Views, size: int) -> Views:
         return views
 
     def pool(x: Tensor) -> Tensor:
-        v, h, w, c = x.shape
-        return x.reshape(v, h // factor, factor, w // factor, factor, c).mean((2, 4))
+        return F.avg_pool2d(x.permute(0, 3, 1, 2), factor).permute(0, 2, 3, 1)
 
     alphas = pool(views.alphas[..., None])
     images = pool(views.images * views.alphas[..., None]) / alphas.clamp(min=1e-6)
-    scale = torch.tensor([1 / factor, 1 / factor, 1.0])[:, None]
+    scale = views.Ks.new_tensor([1 / factor, 1 / factor, 1.0])[:, None]
     return Views(images, alphas[..., 0], views.viewmats, views.Ks * scale)
 
 

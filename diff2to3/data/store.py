@@ -111,6 +111,11 @@ class StoredAsset:
         return self.tensors("coords.safetensors")["coords"].to(torch.int32)
 
 
+def feature_stage(name: str) -> str:
+    """The stage of the feature set that ``name`` (``set`` or ``set.mode``) asks for."""
+    return f"features_{name.partition('.')[0]}"
+
+
 class AssetStore:
     """The assets of a prepared dataset and where each stage's results are.
 
@@ -178,9 +183,8 @@ class AssetStore:
         """
         parts, resolutions = [], []
         for name in names:
-            set_name, _, mode = name.partition(".")
-            stored = self.open(asset, f"features_{set_name}")
-            mode = mode or stored.info["modes"][0]
+            stored = self.open(asset, feature_stage(name))
+            mode = name.partition(".")[2] or stored.info["modes"][0]
             parts.append(stored.tensors(f"{mode}.safetensors")["feats"].float())
             resolutions.append(int(stored.info["resolution"]))
         if len(set(resolutions)) != 1:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diff2to3.nn.sequences import mean_by_item
+
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
 
 
@@ -68,7 +70,4 @@ def squared_error(velocity: Tensor, target: Tensor, cu_seqlens: Tensor | None = 
     squared = (velocity.to(precise) - target.to(precise)).square()
     if cu_seqlens is None:
         return squared.flatten(1).mean(1)
-    lengths = cu_seqlens.diff().long()
-    item = torch.repeat_interleave(torch.arange(len(lengths), device=squared.device), lengths)
-    sums = squared.new_zeros(len(lengths)).index_add(0, item, squared.mean(1))
-    return sums / lengths.clamp(min=1)
+    return mean_by_item(squared, cu_seqlens)

@@ -192,6 +192,14 @@ def lengths_from_cu_seqlens(cu_seqlens: Tensor, name: str) -> tuple[int, ...]:
     return lengths
 
 
+def mean_by_item(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Mean over the numbers of each item's rows: packed [N, C] → [B]; 0 for an item without rows."""
+    lengths = cu_seqlens.diff().long()
+    item = torch.repeat_interleave(torch.arange(len(lengths), device=rows.device), lengths)
+    sums = rows.new_zeros(len(lengths)).index_add(0, item, rows.mean(1))
+    return sums / lengths.clamp(min=1)
+
+
 def cumulative(lengths: Sequence[int]) -> np.ndarray:
     """[0, n_0, n_0 + n_1, …]"""
     return np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]).astype(np.int64)

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diff2to3.nn.sequences import mean_by_item
 from diff2to3.types import Gaussians
+from diff2to3.vae.posterior import Posterior
 
 WINDOW, SIGMA = 11, 1.5
 
@@ -90,8 +92,4 @@ def transparency(gaussians: Gaussians) -> Tensor:
 
 def kl_by_item(mean: Tensor, logvar: Tensor, cu_seqlens: Tensor) -> Tensor:
     """KL divergence to N(0, 1), mean over the voxels and channels of each batch item: [B]."""
-    per_voxel = 0.5 * (mean.square() + logvar.exp() - logvar - 1).mean(1)
-    lengths = cu_seqlens.diff().long()
-    item = torch.repeat_interleave(torch.arange(len(lengths), device=mean.device), lengths)
-    sums = per_voxel.new_zeros(len(lengths)).index_add(0, item, per_voxel)
-    return sums / lengths.clamp(min=1)
+    return mean_by_item(Posterior(mean, logvar).kl_terms(), cu_seqlens)

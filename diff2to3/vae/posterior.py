@@ -20,6 +20,10 @@ class Posterior:
         noise = torch.randn(self.mean.shape, generator=generator, device=generator.device)
         return self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean.device, self.mean.dtype)
 
+    def kl_terms(self) -> Tensor:
+        """KL divergence to N(0, 1) of each element."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - self.logvar - 1)
+
     def kl(self) -> Tensor:
         """KL divergence to N(0, 1), mean over elements (as TRELLIS's loss takes it)."""
-        return 0.5 * (self.mean.square() + self.logvar.exp() - self.logvar - 1).mean()
+        return self.kl_terms().mean()

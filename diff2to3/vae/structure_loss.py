@@ -26,8 +26,7 @@ def cross_entropy(logits: Tensor, occupancy: Tensor, positive_weight: float = 1.
 
 def kl_by_grid(posterior: Posterior) -> Tensor:
     """KL divergence to N(0, 1), mean over each grid's elements: [B]."""
-    mean, logvar = posterior.mean.float(), posterior.logvar.float()
-    return 0.5 * (mean.square() + logvar.exp() - logvar - 1).flatten(1).mean(1)
+    return Posterior(posterior.mean.float(), posterior.logvar.float()).kl_terms().flatten(1).mean(1)
 
 
 def intersection_over_union(logits: Tensor, occupancy: Tensor, threshold: float = 0.0) -> Tensor:

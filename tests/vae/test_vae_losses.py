@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from diff2to3.data.pictures import shrink
 from diff2to3.metrics.image import ssim as reference_ssim
-from diff2to3.training.tasks.vae_objective import dissimilarity, shrink_views
+from diff2to3.training.tasks.vae_objective import dissimilarity
 from diff2to3.types import Gaussians, Views
 from diff2to3.vae import losses
 
@@ -85,10 +86,10 @@ def test_shrinking_views_averages_premultiplied_colour_and_scales_cameras() -> N
     images, alphas = torch.rand(1, 8, 8, 3, generator=generator), torch.rand(1, 8, 8, generator=generator)
     K = torch.tensor([[[10.0, 0, 4], [0, 12, 4], [0, 0, 1]]])
     views = Views(images, alphas, torch.eye(4)[None], K)
-    small = shrink_views(views, 4)
+    small = shrink(views, 4)
     cell = (images[0, 2:4, 4:6] * alphas[0, 2:4, 4:6, None]).mean((0, 1))
     assert torch.allclose(small.images[0, 1, 2] * small.alphas[0, 1, 2], cell, atol=1e-6)
     assert float(small.alphas[0, 1, 2]) == pytest.approx(float(alphas[0, 2:4, 4:6].mean()), rel=1e-5)
     assert small.Ks[0].tolist() == [[5, 0, 2], [0, 6, 2], [0, 0, 1]]
     with pytest.raises(ValueError, match="does not divide"):
-        shrink_views(views, 3)
+        shrink(views, 3)

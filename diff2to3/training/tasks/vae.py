@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from diff2to3.checkpoint import BundleInfo, NetworkEntry, save_bundle
 from diff2to3.config import MISSING, config_to_dict
 from diff2to3.data.loader import Batch, LoaderConfig, TrainLoader
-from diff2to3.data.store import AssetStore
+from diff2to3.data.store import AssetStore, feature_stage
 from diff2to3.errors import InputError
-from diff2to3.gaussians.render import render
-from diff2to3.metrics.image import foreground_psnr, psnr, ssim
+from diff2to3.evaluation.reconstruction import pictures, scores
 from diff2to3.metrics.lpips import Lpips
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
@@ -152,7 +151,7 @@ class VaeTask:
 
     def channels(self, name: str) -> int:
         """Channels of a feature set of the dataset."""
-        stage = f"features_{name.partition('.')[0]}"
+        stage = feature_stage(name)
         store = AssetStore(self.config.data.root, [stage])
         assets = store.assets()
         if not assets:
@@ -168,7 +167,7 @@ class VaeTask:
         """The store, and the assets that validation takes."""
         data = self.config.data
         grid = f"voxels_{self.config.encoder.resolution}"
-        stages = [f"features_{n.partition('.')[0]}" for n in data.loader.features]
+        stages = [feature_stage(name) for name in data.loader.features]
         store = AssetStore(data.root, [*stages, grid, f"views_{data.view_set}"])
         assets = store.assets("val")
         step = max(1, len(assets) // max(data.validation_assets, 1))
@@ -190,8 +189,7 @@ class VaeTask:
         for asset in assets[:: max(1, len(assets) // 8)][:8]:
             gaussians = self.reconstruct(objective, store.features(asset, self.config.data.loader.features))
             views = store.views(asset, self.config.data.view_set, [0, 1]).to(gaussians.means.device)
-            drawn = render(gaussians, views.viewmats, views.Ks, views.width, views.height, background=1.0)
-            pairs = torch.stack([views.composite(1.0), drawn.colors.clamp(0, 1)], 1).flatten(0, 1)
+            pairs = torch.stack([views.composite(1.0), pictures(gaussians, views)], 1).flatten(0, 1)
             rows.append(torch.cat(list(pairs), 1))
         return {"reconstructions": torch.cat(rows, 0)} if rows else {}
 
@@ -199,20 +197,16 @@ class VaeTask:
         """PSNR over the image on white and over the foreground, and SSIM: means over assets of four views each."""
         assert isinstance(objective, VaeObjective)
         store, assets = self.validation()
-        scores: dict[str, list[float]] = {"psnr": [], "psnr_foreground": [], "ssim": []}
+        values: dict[str, list[float]] = {"psnr": [], "psnr_foreground": [], "ssim": []}
         for asset in assets:
             gaussians = self.reconstruct(objective, store.features(asset, self.config.data.loader.features))
             stored = store.open(asset, f"views_{self.config.data.view_set}")
             every = max(1, int(stored.info["num_views"]) // 4)
             views = stored.views(range(0, int(stored.info["num_views"]), every)).to(gaussians.means.device)
-            drawn = render(gaussians, views.viewmats, views.Ks, views.width, views.height, background=1.0)
-            images, targets = drawn.colors.clamp(0, 1), views.composite(1.0)
-            scores["psnr"].append(float(psnr(images, targets).mean()))
-            scores["psnr_foreground"].append(
-                float(foreground_psnr(images, targets, views.alphas > 0.5).nanmean())
-            )
-            scores["ssim"].append(float(ssim(images, targets).mean()))
-        return {name: sum(values) / len(values) for name, values in scores.items() if values}
+            found = scores(gaussians, views)
+            for name, of_assets in values.items():
+                of_assets.append(found[name])
+        return {name: sum(of_assets) / len(of_assets) for name, of_assets in values.items() if of_assets}
 
     def export(self, objective: nn.Module, folder: Path) -> None:
         """Encoder, decoder, statistics of the latents, and what features they were trained on."""
@@ -234,7 +228,7 @@ class VaeTask:
         """Mean and standard deviation of each latent channel over the voxels of training assets: what the flow
         model normalises by (P3.3)."""
         data = self.config.data
-        stages = [f"features_{n.partition('.')[0]}" for n in data.loader.features]
+        stages = [feature_stage(name) for name in data.loader.features]
         store = AssetStore(data.root, [*stages, f"voxels_{self.config.encoder.resolution}"])
         assets = store.assets(data.loader.split)
         count, total, squares = 0, torch.zeros(1), torch.zeros(1)
@@ -252,8 +246,7 @@ class VaeTask:
         features, views = [], {}
         root = Path(self.config.data.root)
         for name in self.config.data.loader.features:
-            base, _, mode = name.partition(".")
-            settings = json.loads((root / f"features_{base}" / "settings.json").read_bytes())
+            settings = json.loads((root / feature_stage(name) / "settings.json").read_bytes())
             view_set = json.loads((root / f"views_{settings['views']}" / "settings.json").read_bytes())
             views = {
                 "name": settings["views"],
@@ -261,7 +254,7 @@ class VaeTask:
                 **view_set["views"],
                 "render": view_set["render"],
             }
-            settings["mode"] = mode or settings["modes"][0]
+            settings["mode"] = name.partition(".")[2] or settings["modes"][0]
             for key in ("version", "modes", "views"):
                 settings.pop(key, None)
             features.append(settings)

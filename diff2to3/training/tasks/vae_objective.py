@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diff2to3.data.pictures import shrink
 from diff2to3.gaussians.render import render
 from diff2to3.types import Gaussians, SparseVoxels, Views
 from diff2to3.vae import losses
@@ -77,7 +77,8 @@ class VaeObjective(nn.Module):
         posterior = self.encoder(voxels, plan)
         latents = posterior.mean + (0.5 * posterior.logvar).exp() * self.noise(voxels, batch.ids, randomness)
         objects = self.decoder(voxels.with_feats(latents), plan if self.shared_plan else None)
-        views = shrink_views(batch.views[self.view_set], self.size_at(batch.step))
+        views = batch.views[self.view_set]
+        views = shrink(views, self.size_at(batch.step) or views.width)
         per_asset = len(views) // len(batch.ids)
         backgrounds = torch.stack(
             [torch.rand(3, generator=randomness.generator(i, "background")) for i in batch.ids]
@@ -154,18 +155,3 @@ def sum_weighted(terms: dict[str, Tensor], weights: VaeLossConfig) -> Tensor:
     """Σ weight · term over the terms that have a weight."""
     chosen = [getattr(weights, name) * value for name, value in terms.items() if hasattr(weights, name)]
     return torch.stack(chosen).sum(0)
-
-
-def shrink_views(views: Views, size: int | None) -> Views:
-    """Views of ``size`` pixels a side by averaging premultiplied colour; ``size`` must divide theirs."""
-    if size is None or size == views.width:
-        return views
-    if views.width % size or views.height != views.width:
-        raise ValueError(f"size: {size} does not divide views of {views.width} x {views.height}")
-    f = views.width // size
-    a = F.avg_pool2d(views.alphas[:, None], f)
-    premultiplied = (views.images * views.alphas[..., None]).permute(0, 3, 1, 2)
-    images = (F.avg_pool2d(premultiplied, f) / a.clamp(min=1e-6)).permute(0, 2, 3, 1)
-    Ks = views.Ks.clone()
-    Ks[:, :2] /= f
-    return Views(images, a[:, 0], views.viewmats, Ks)
