@@ -36,7 +36,7 @@ from diff2to3.assets import AssetRecord
 from diff2to3.config import config_to_dict
 from diff2to3.errors import InputError
 from diff2to3.evaluation.assets import AssetList, choose_assets
-from diff2to3.evaluation.cli import WEIGHTS, Worker, main_of, parse_weights
+from diff2to3.evaluation.cli import WEIGHTS, Worker, check_arguments, main_of, parse_weights
 from diff2to3.evaluation.generation import (
     METHODS,
     Setup,
@@ -50,7 +50,7 @@ from diff2to3.evaluation.generation import (
     set_scores,
     write_records,
 )
-from diff2to3.evaluation.parallel import check_output, default_workers, resume_folder, run_items
+from diff2to3.evaluation.parallel import default_workers, resume_folder, run_items
 from diff2to3.evaluation.protocol import draw_ids
 from diff2to3.evaluation.reconstruction import load_lpips, model_digest, model_lighting
 from diff2to3.evaluation.results import (
@@ -70,7 +70,8 @@ POOL = 64
 
 def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
-    check_arguments(args)
+    bounds = {"views": (1, 1000), "resolution": (32, 4096), "workers": (0, 256), "pictures": (0, 1000)}
+    check_arguments(args, bounds, ("limit", "steps"))
     weights = {name: path for name, path in parse_weights(args.weights).items() if path != "none"}
     device = Worker().device(args.device)
     rules = generation_rules(args.views, args.resolution, args.seed)
@@ -106,23 +107,6 @@ def run(args: argparse.Namespace) -> int:
     report(args, setup, assets, result)
     shutil.rmtree(folder.path)
     return 0 if result["assets"] else 1
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    for name, low, high in (
-        ("views", 1, 1000),
-        ("resolution", 32, 4096),
-        ("workers", 0, 256),
-        ("pictures", 0, 1000),
-    ):
-        if not low <= getattr(args, name) <= high:
-            raise InputError(f"--{name}: expected a number from {low} to {high}, got {getattr(args, name)}")
-    for name in ("limit", "steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name}: expected at least 1, got {getattr(args, name)}")
-    check_output(args.out)
-    if args.table is not None:
-        check_output(args.table)
 
 
 def training_assets(args: argparse.Namespace, assets: AssetList) -> tuple[AssetList, list[str]]:

@@ -30,10 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from diff2to3.config import config_to_dict
-from diff2to3.errors import InputError
 from diff2to3.evaluation.assets import AssetList, choose_assets
-from diff2to3.evaluation.cli import Worker, main_of, parse_weights
-from diff2to3.evaluation.parallel import check_output, default_workers, resume_folder, run_items
+from diff2to3.evaluation.cli import Worker, check_arguments, main_of, parse_weights
+from diff2to3.evaluation.parallel import default_workers, resume_folder, run_items
 from diff2to3.evaluation.reconstruction import (
     Setup,
     load_lpips,
@@ -49,7 +48,8 @@ from diff2to3.files import write_atomic
 
 def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
-    check_arguments(args)
+    bounds = {"views": (1, 1000), "resolution": (16, 4096), "workers": (0, 256), "worst": (0, 1000)}
+    check_arguments(args, bounds, ("limit",))
     weights = parse_weights(args.weights).get("lpips")
     device = Worker().device(args.device)
     rules = reconstruction_rules(args.views, args.resolution, args.seed)
@@ -90,22 +90,6 @@ def run(args: argparse.Namespace) -> int:
     report(args, setup, assets, result)
     shutil.rmtree(folder.path)
     return 0 if result["assets"] else 1
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    for name, low, high in (
-        ("views", 1, 1000),
-        ("resolution", 16, 4096),
-        ("workers", 0, 256),
-        ("worst", 0, 1000),
-    ):
-        if not low <= getattr(args, name) <= high:
-            raise InputError(f"--{name}: expected a number from {low} to {high}, got {getattr(args, name)}")
-    if args.limit is not None and args.limit < 1:
-        raise InputError(f"--limit: expected at least 1, got {args.limit}")
-    check_output(args.out)
-    if args.table is not None:
-        check_output(args.table)
 
 
 def report(args: argparse.Namespace, setup: Setup, assets: AssetList, result: dict[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -40,6 +42,32 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared folder with fixtures")
     return folder
+
+
+@pytest.fixture(scope="session")
+def load_source() -> Callable[[Path], ModuleType]:
+    """Imports a Python file that is in no package: a program, or what tests share."""
+
+    def load(path: Path) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_models(load_source: Callable[[Path], ModuleType]) -> ModuleType:
+    """tests/tiny_models.py."""
+    return load_source(ROOT / "tests" / "tiny_models.py")
+
+
+@pytest.fixture(scope="session")
+def vae(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that reconstructs."""
+    return Path(tiny_models.write_vae(tmp_path_factory.mktemp("vae") / "model"))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from diff2to3.assets import read_ids
 from diff2to3.config import load_config
 from diff2to3.errors import InputError, MissingDependencyError
+from diff2to3.evaluation.parallel import check_output
 from diff2to3.evaluation.protocol import Protocol, draw_ids
 from diff2to3.evaluation.runs import RunFolder, run_assets, run_settings
 from diff2to3.evaluation.scores import Scorer
@@ -62,6 +63,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the protocol, such as resolution=256"
     )
+
+
+def check_arguments(
+    args: argparse.Namespace, bounds: Mapping[str, tuple[int, int]], at_least_one: Sequence[str]
+) -> None:
+    """InputError for numbers out of ``bounds``, for ones of ``at_least_one`` that are given and below it, and for
+    --out and --table where nothing can be written.
+    """
+    for name, (low, high) in bounds.items():
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f"--{name}: expected a number from {low} to {high}, got {getattr(args, name)}")
+    for name in at_least_one:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    check_output(args.out)
+    if args.table is not None:
+        check_output(args.table)
 
 
 def parse_weights(pairs: Sequence[str]) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -63,27 +62,19 @@ def killed(subject, flag=__file__ + ".flag"):
 '''
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
-def program() -> Callable[[str], ModuleType]:
+def program(load_source: Callable[[Path], ModuleType]) -> Callable[[str], ModuleType]:
     """A program of eval/ by name, as a module."""
-    return lambda name: load(ROOT / "eval" / f"{name}.py")
+    return lambda name: load_source(ROOT / "eval" / f"{name}.py")
 
 
 @pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def weights(load_source: Callable[[Path], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """--weights with tiny random networks: the code path of the real ones."""
     transformers = pytest.importorskip("transformers")
     from safetensors.torch import save_file
 
-    made = load(ROOT / "tests" / "metrics" / "conftest.py")
+    made = load_source(ROOT / "tests" / "metrics" / "conftest.py")
     folder = tmp_path_factory.mktemp("weights")
     save_file(made.inception_weights(16), folder / "inception.safetensors")
     save_file(made.lpips_weights("vgg", 16), folder / "lpips.safetensors")
@@ -153,21 +144,11 @@ def tiny_networks(one_thread: None) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_models() -> ModuleType:
-    """tests/tiny_models.py."""
-    return load(ROOT / "tests" / "tiny_models.py")
-
-
-@pytest.fixture(scope="session")
-def vae(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle that reconstructs."""
-    return Path(tiny_models.write_vae(tmp_path_factory.mktemp("vae") / "model"))
-
-
-@pytest.fixture(scope="session")
-def generator_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def generator_bundle(
+    load_source: Callable[[Path], ModuleType], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A bundle that generates."""
-    made = load(ROOT / "tests" / "tiny_generator.py")
+    made = load_source(ROOT / "tests" / "tiny_generator.py")
     return Path(made.write_generator(tmp_path_factory.mktemp("generator") / "model"))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -12,14 +12,9 @@ from diff2to3.pipeline import ImageTo3D
 
 
 @pytest.fixture(scope="session")
-def tiny() -> ModuleType:
+def tiny(load_source: Callable[[Path], ModuleType]) -> ModuleType:
     """tests/tiny_generator.py."""
-    path = Path(__file__).resolve().parents[1] / "tiny_generator.py"
-    spec = importlib.util.spec_from_file_location("tiny_generator", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_source(Path(__file__).resolve().parents[1] / "tiny_generator.py")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
@@ -23,21 +22,6 @@ from diff2to3.errors import InputError
 from diff2to3.pipeline.reconstruct import ReconstructionSettings, Reconstructor
 from diff2to3.pipeline.sources import EMBEDDED, Source, embedded_models
 from diff2to3.voxels.voxelise import voxelise
-
-
-@pytest.fixture(scope="module")
-def tiny_models() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "tiny_models.py"
-    spec = importlib.util.spec_from_file_location("tiny_models", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def vae(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(tiny_models.write_vae(tmp_path_factory.mktemp("vae") / "model"))
 
 
 @pytest.fixture(scope="module")
