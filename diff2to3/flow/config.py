@@ -87,6 +87,11 @@ class SMDiTConfig:
     share_modulation  one modulation for all blocks, with an offset of each block's own
     precondition      the network gives what the best linear guess at the velocity lacks (see
                       diff2to3.flow.matching.precondition); not in the paper
+    absolute          add an absolute position embedding to the tokens whatever ``position`` says: rotary positions
+                      are relative, so that noise cannot tell where in the volume it is. Voxels below the tokens
+                      learn where in their token they are. Not in the paper
+    pool_image        the mean of the image tokens modulates the blocks together with the time, as the pooled prompt
+                      does in SD3 and FLUX; not in the paper
     """
 
     resolution: int = 16
@@ -104,6 +109,8 @@ class SMDiTConfig:
     rope_theta: float = 10000.0
     share_modulation: bool = False
     precondition: bool = False
+    absolute: bool = False
+    pool_image: bool = False
     qk_rms_norm: bool = True
     attention_backend: str = "auto"
 

@@ -64,6 +64,8 @@ class FlowConfig:
     rope_theta: float = 10000.0
     share_modulation: bool = False
     precondition: bool = False
+    absolute: bool = False
+    pool_image: bool = False
     io_channels: list[int] = field(default_factory=lambda: [128])
     num_io_blocks: int = 2
     io_kernel: str = "cube"
@@ -76,8 +78,9 @@ class FlowConfig:
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.backbone == "dit" and self.precondition:
-            raise ValueError("precondition: smdit only; dit is the published baseline")
+        for name in ("precondition", "absolute", "pool_image"):
+            if self.backbone == "dit" and getattr(self, name):
+                raise ValueError(f"{name}: smdit only; dit is the published baseline")
         if self.backbone == "dit" and (self.position != "ape" or self.io_kernel != "cube"):
             raise ValueError("backbone: dit has position 'ape' and io_kernel 'cube' only")
         self.network_config()
@@ -102,6 +105,8 @@ class FlowConfig:
             "position",
             "rope_theta",
             "precondition",
+            "absolute",
+            "pool_image",
         ):
             values[name] = getattr(self, name)
         if self.stage == "latents":

@@ -47,6 +47,22 @@ class JointTokens:
     blocks: BlockPlan
 
 
+class ImagePool(nn.Module):
+    """Image tokens [T, D] → one vector an item [B, D]: 0 at the start, and for items without tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.input_layer = nn.Linear(width, width)
+        self.out_layer = nn.Linear(width, width, bias=False)
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        counts = cu_seqlens.diff().long()
+        item = torch.repeat_interleave(torch.arange(len(counts), device=tokens.device), counts)
+        hidden = nn.functional.silu(self.input_layer(tokens))
+        total = hidden.new_zeros(len(counts), hidden.shape[1]).index_add(0, item, hidden)
+        return self.out_layer(total / counts.clamp(min=1)[:, None].to(hidden.dtype))
+
+
 class SMDiT(nn.Module):
     """What both stages share: time, image tokens, positions and the blocks."""
 
@@ -56,6 +72,8 @@ class SMDiT(nn.Module):
         self.checkpoint_blocks = False
         self.t_embedder = TimestepEmbedder(c.width)
         self.image_layer = nn.Linear(c.image_width, c.width)
+        if c.pool_image:
+            self.image_pool = ImagePool(c.width)
         if c.share_modulation:
             self.adaLN_modulation = modulation(c.width, NUM_PARTS)
         options = (c.width, c.num_heads, c.mlp_ratio, c.qk_rms_norm, c.share_modulation, c.attention_backend)
@@ -71,6 +89,8 @@ class SMDiT(nn.Module):
             elif "modulation." in name.lower():
                 nn.init.zeros_(parameter)
         zero_parameters(out_layer)
+        if self.config.pool_image:
+            zero_parameters(self.image_pool.out_layer)
 
     def torso_modules(self) -> list[nn.Module]:
         return [self.double_blocks, self.single_blocks]
@@ -99,15 +119,24 @@ class SMDiT(nn.Module):
         of_voxels, of_image, of_both = (Rows(None if single else index) for index in (voxels, rows_i, both))
         return JointTokens(coords, levels, BlockPlan(joint, of_voxels, of_image, of_both, rotary))
 
-    def run_blocks(
-        self, x: Tensor, time: Tensor, image: ImageTokens, plan: JointTokens, hooks: Hooks | None = None
-    ) -> Tensor:
-        """Voxel tokens [M, D] and image tokens → voxel tokens. hooks: block number (double blocks first)."""
-        c, dtype = self.config, self.torso_dtype
+    def condition(self, timestep: Tensor, image: ImageTokens) -> tuple[Tensor, Tensor]:
+        """timestep [B] and image tokens → what modulates the blocks [B, D], and the embedded tokens [T, D]."""
+        c = self.config
+        time = self.t_embedder(timestep)
         y = self.image_layer(image.feats.to(self.image_layer.weight.dtype))
-        if c.position == "ape":
-            x = x + absolute_position_embedding(voxel_ids(plan.coords), c.width).to(x.dtype)
+        if c.position == "ape" or c.absolute:
             y = y + absolute_position_embedding(image_ids(image, c.grid), c.width).to(y.dtype)
+        if c.pool_image:
+            time = time + self.image_pool(y, image.cu_seqlens)
+        return time, y
+
+    def run_blocks(
+        self, x: Tensor, y: Tensor, time: Tensor, plan: JointTokens, hooks: Hooks | None = None
+    ) -> Tensor:
+        """Voxel tokens [M, D], image tokens [T, D] → voxel tokens. hooks: block number (double blocks first)."""
+        c, dtype = self.config, self.torso_dtype
+        if c.position == "ape" or c.absolute:
+            x = x + absolute_position_embedding(voxel_ids(plan.coords), c.width).to(x.dtype)
         if c.share_modulation:
             time = self.adaLN_modulation(time)
         x, y, time, hooks = x.to(dtype), y.to(dtype), time.to(dtype), hooks or {}
@@ -164,7 +193,8 @@ class StructureSMDiT(SMDiT):
         self.check(image, batch)
         plan = plan or self.plan(image)
         x = self.input_layer(to_tokens(latents, c.patch_size)).flatten(0, 1)
-        x = self.run_blocks(x, self.t_embedder(timestep), image, plan, hooks).to(latents.dtype)
+        time, y = self.condition(timestep, image)
+        x = self.run_blocks(x, y, time, plan, hooks).to(latents.dtype)
         x = self.out_layer(final_norm(x)).unflatten(0, (batch, -1))
         output = to_grid(x, c.patch_size, c.grid)
         if not c.precondition:
@@ -183,6 +213,9 @@ class LatentSMDiT(SMDiT):
         self.kernel: int | str = 3 if c.io_kernel == "cube" else "cross"
         widths = [*c.io_channels, c.width]
         self.input_layer = nn.Linear(c.in_channels, widths[0])
+        if c.absolute:
+            self.cell_embedding = nn.Embedding(c.patch_size**3, widths[0])
+            nn.init.normal_(self.cell_embedding.weight, std=0.1)
         self.input_blocks = input_blocks(widths, c.num_io_blocks, c.width, c.reduce, self.kernel)
         self.out_blocks = output_blocks(widths, c.num_io_blocks, c.width, c.skip_connection, self.kernel)
         self.out_layer = nn.Linear(widths[0], c.out_channels)
@@ -208,14 +241,23 @@ class LatentSMDiT(SMDiT):
         """latents [N, C] on voxels, timestep [B] in [0, 1] → velocity [N, C']."""
         self.check(image, latents.batch_size)
         plan = plan or self.plan(latents, image)
-        embedded = self.t_embedder(timestep)
+        embedded, y = self.condition(timestep, image)
         time = embedded.to(self.torso_dtype)
-        h = self.input_layer(latents.feats).to(self.torso_dtype)
+        h = self.input_layer(latents.feats)
+        if self.config.absolute:
+            h = h + self.cell_embedding(cells(latents.coords, self.config.patch_size))
+        h = h.to(self.torso_dtype)
         h, skips = descend(self.input_blocks, h, time, plan.levels)
-        h = self.run_blocks(h, embedded, image, plan, hooks)
+        h = self.run_blocks(h, y, embedded, plan, hooks)
         h = ascend(self.out_blocks, h, skips, time, plan.levels, self.config.skip_connection)
         output = self.out_layer(final_norm(h).to(latents.feats.dtype))
         if not self.config.precondition:
             return output
         t = torch.repeat_interleave(timestep.to(output.device), latents.cu_seqlens.diff().long())
         return precondition(output, latents.feats, t[:, None])
+
+
+def cells(coords: Tensor, patch_size: int) -> Tensor:
+    """Where in its patch every voxel of ``coords`` [N, 4] is: int64 [N] from 0 to patch_size³ - 1."""
+    x, y, z = (coords[:, 1:].long() % patch_size).unbind(1)
+    return (x * patch_size + y) * patch_size + z

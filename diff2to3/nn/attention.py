@@ -169,7 +169,8 @@ def streamed_attention(
         rows_k = map_k.index[b.start_k : b.start_k + b.num * b.len_k]
         q_b = q.index_select(0, map_q.index[slots])
         k_b, v_b = k.index_select(0, rows_k), v.index_select(0, rows_k)
-        out.index_copy_(0, map_q.target[slots], bucket_attention(q_b, k_b, v_b, b, scale))
+        attended = bucket_attention(q_b, k_b, v_b, b, scale)
+        out.index_copy_(0, map_q.target[slots], attended.to(out.dtype))  # autocast chooses another
     return out[:spare]
 
 

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from diff2to3.flow.config import LatentSMDiTConfig, SMDiTConfig
 from diff2to3.flow.networks import FlowConfig, build_network, make_plan, predict, velocity_of
 from diff2to3.flow.samplers import euler, timesteps
-from diff2to3.flow.smdit import LatentSMDiT, StructureSMDiT
+from diff2to3.flow.smdit import LatentSMDiT, StructureSMDiT, cells
 from diff2to3.flow.tokens import ImageTokens
+from diff2to3.types import SparseVoxels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 POSITIONS = ("none", "ape", "marope")
+#: What the mini preset adds to the paper's network.
+EXTRAS = {"absolute": True, "pool_image": True}
 
 
 # ---- an independent forward pass ----
@@ -82,9 +85,12 @@ def parts_of(modulation, network, time):
 def reference_blocks(network, x, y, ids_x, ids_y, t):
     """One item's voxel tokens x and image tokens y through all blocks, the attention over their concatenation."""
     c = network.config
-    if c.position == "ape":
+    if c.position == "ape" or c.absolute:
         x, y = x + reference_embedding(ids_x, c.width), y + reference_embedding(ids_y, c.width)
     time, ids, n = network.t_embedder(t), torch.cat([ids_x, ids_y]), len(x)
+    if c.pool_image and len(y):
+        hidden = [F.silu(network.image_pool.input_layer(row)) for row in y]
+        time = time + network.image_pool.out_layer(sum(hidden) / len(hidden))
     for block in network.double_blocks:
         px, py = (parts_of(s.modulation, network, time) for s in (block.voxels, block.image))
         qkv = zip(
@@ -126,10 +132,11 @@ def reference_structure(network, latents, t, image):
     return out
 
 
+@pytest.mark.parametrize("extras", [{}, EXTRAS], ids=["paper", "mini"])
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("position", POSITIONS)
-def test_structure_network_against_the_reference_with_gradients(position, share, generator):
-    config = small_config("structure", position=position, share_modulation=share)
+def test_structure_network_against_the_reference_with_gradients(position, share, extras, generator):
+    config = small_config("structure", position=position, share_modulation=share, **extras)
     network = randomised(config, generator)
     latents = torch.randn(3, 3, 4, 4, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     image = random_image(generator, [(4, 4), (0, 0), (6, 2)])
@@ -164,7 +171,8 @@ def test_structure_network_against_the_reference_with_gradients(position, share,
 def test_packed_items_equal_each_alone(items, position, io_kernel, seed):
     """Objects and images of any sizes, in float32, to 1e-5."""
     generator = torch.Generator().manual_seed(seed)
-    config = small_config(position=position, io_kernel=io_kernel, share_modulation=seed % 2 == 0)
+    extras = EXTRAS if seed % 3 else {}
+    config = small_config(position=position, io_kernel=io_kernel, share_modulation=seed % 2 == 0, **extras)
     network = randomised(config, generator, dtype=torch.float32)
     latents = random_voxels(generator, [n for n, _ in items], dtype=torch.float32)
     image = random_image(generator, [size for _, size in items], dtype=torch.float32)
@@ -176,9 +184,10 @@ def test_packed_items_equal_each_alone(items, position, io_kernel, seed):
         assert float((together[i] - alone).abs().max()) <= 1e-5 * scale
 
 
+@pytest.mark.parametrize("extras", [{}, EXTRAS], ids=["paper", "mini"])
 @pytest.mark.parametrize("position", POSITIONS)
-def test_permuting_voxels_permutes_the_output(position, generator):
-    network = randomised(small_config(position=position, patch_size=4, io_channels=[6, 8]), generator)
+def test_permuting_voxels_permutes_the_output(position, extras, generator):
+    network = randomised(small_config(position=position, patch_size=4, io_channels=[6, 8], **extras), generator)
     latents, image = random_voxels(generator, [90]), random_image(generator, [(4, 4)])
     t = torch.tensor([0.4], dtype=torch.float64)
     out = network(latents, t, image)
@@ -213,6 +222,21 @@ def test_only_shared_positions_see_where_the_object_is(position, generator):
     t, nothing = torch.tensor([0.6], dtype=torch.float64), ImageTokens.none(1, 20).to(dtype=torch.float64)
     difference = float((network(here, t, nothing) - network(there, t, nothing)).abs().max())
     assert difference > 1e-4 if position == "ape" else difference < 1e-5
+
+
+def test_absolute_voxels_know_their_place_in_the_volume_and_in_their_token(generator):
+    """What is added to a voxel differs for all 4³ places in a token and is the same one token further."""
+    network = randomised(small_config(patch_size=4, io_channels=[6, 8], absolute=True), generator)
+    places = torch.cartesian_prod(*[torch.arange(4)] * 3)
+    coords = torch.nn.functional.pad(places, (1, 0)).int()
+    here, there = cells(coords, 4), cells(coords + torch.tensor([0, 4, 0, 4], dtype=torch.int32), 4)
+    assert here.tolist() == list(range(64)) and torch.equal(here, there)
+    assert network.cell_embedding.weight.shape == (64, 6)
+    feats = torch.ones(64, 3, dtype=torch.float64)
+    t, nothing = torch.tensor([0.6], dtype=torch.float64), ImageTokens.none(1, 20).to(dtype=torch.float64)
+    near = SparseVoxels.from_coords(coords, feats, 8)
+    far = SparseVoxels.from_coords(coords + torch.tensor([0, 4, 4, 4], dtype=torch.int32), feats, 8)
+    assert float((network(near, t, nothing) - network(far, t, nothing)).abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize("stage", ["structure", "latents"])
@@ -281,6 +305,7 @@ def test_training_starts_at_zero_velocity(generator):
         ({"position": "rope"}, "position"),
         ({"backbone": "unet"}, "backbone"),
         ({"backbone": "dit"}, "'ape'"),
+        ({"backbone": "dit", "position": "ape", "pool_image": True}, "pool_image: smdit only"),
         ({"num_heads": 5}, "num_heads"),
         ({"io_channels": [8, 8]}, "io_channels"),
         ({"io_kernel": "star"}, "io_kernel"),
@@ -342,3 +367,21 @@ def test_velocity_of_is_what_samplers_take(generator):
         with torch.no_grad():
             z = z - (t - t_next) * network(noise.with_feats(z), torch.tensor([t], dtype=torch.float64), image)
     torch.testing.assert_close(out, z, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["structure", "latents"])
+def test_autocast_computes_the_same_with_and_without_gradients(stage, generator):
+    """Training runs under autocast with gradients, validation without: attention takes another path there."""
+    network = randomised(small_config(stage), generator, std=0.1, dtype=torch.float32)
+    image = random_image(generator, [(4, 4), (0, 0), (6, 4)], dtype=torch.float32)
+    latents = torch.randn(3, 3, 4, 4, 4, generator=generator)
+    if stage == "latents":
+        latents = random_voxels(generator, [30, 7, 50], dtype=torch.float32)
+    t = torch.tensor([0.3, 0.6, 0.9])
+    exact = predict(network, latents, t, image)
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = predict(network, latents, t, image).float()
+        with torch.no_grad():
+            validated = predict(network, latents, t, image).float()
+    torch.testing.assert_close(trained, validated, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(validated, exact, rtol=0.1, atol=0.1)
