@@ -46,6 +46,8 @@ class StageSettings:
     guidance_interval  in t: 1 is noise, 0 is data
     shift              above 1: more of the steps near the noise
     sampler            one of diff2to3.flow.samplers.SAMPLERS
+    threshold          structure only: the decoder's logit above which a voxel is active. Below 0, a model that is
+                       not sure of a surface leaves fewer holes in it
     """
 
     num_steps: int = 25
@@ -53,6 +55,7 @@ class StageSettings:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     shift: float = 3.0
     sampler: str = "euler"
+    threshold: float = 0.0
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -62,6 +65,8 @@ class StageSettings:
             raise InputError(f"shift must be positive and the guidance interval (low, high), got {self}")
         if not abs(self.guidance_scale) < 1e3:  # also false for NaN
             raise InputError(f"guidance scale: expected a number below 1000, got {self.guidance_scale}")
+        if not math.isfinite(self.threshold):
+            raise InputError(f"threshold: expected a number, got {self.threshold}")
         if self.sampler not in SAMPLERS:
             raise InputError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
 

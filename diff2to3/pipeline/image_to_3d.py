@@ -304,7 +304,7 @@ class ImageTo3D:
         if self.structure_normalization is not None:
             z = self.structure_normalization.undo(z)
         with self.on_device(self.networks.structure_decoder) as decoder:
-            coords = active_voxels(decoder(z))
+            coords = active_voxels(decoder(z), settings.threshold)
         counts = torch.bincount(coords[:, 0], minlength=len(generators))
         if int(counts.min()) == 0:
             raise InputError("the structure stage generated no voxel for this input; try another seed")

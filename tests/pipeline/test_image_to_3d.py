@@ -1,6 +1,7 @@
 """Photos to Gaussians through both backbones: against the path written out, alone and in batches, repeatedly."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -150,6 +151,19 @@ def test_the_sampler_that_is_asked_for_runs(tiny, model):
         assert difference(one, other) > 1e-3
 
 
+def test_a_lower_threshold_adds_voxels_to_the_same_structure(tiny, model):
+    generators = [torch.Generator().manual_seed(3)]
+    conditions = model.conditions([tiny.photo()], [(model.photo(tiny.photo()),)])
+
+    def voxels(threshold):
+        settings = replace(model.structure_settings, threshold=threshold)
+        generators[0].manual_seed(3)
+        return {tuple(row) for row in model.sample_structure(conditions, settings, generators).tolist()}
+
+    least, usual, most = voxels(0.05), voxels(0.0), voxels(-1e6)
+    assert least < usual < most and len(most) == 16**3
+
+
 def test_low_memory_gives_the_same(tiny, bundles, model):
     other = load_model(str(bundles["smdit"]), low_memory=True)
     assert difference(other(tiny.photo(), seed=2), model(tiny.photo(), seed=2)) == 0
@@ -182,6 +196,7 @@ def test_ready_pictures_are_taken_as_they_are(tiny, model):
         (lambda m, p: m(p, background_removal="magic"), "background removal: expected one of"),
         (lambda m, p: m(p, structure=StageSettings(0)), "steps: expected at least 1"),
         (lambda m, p: m(p, structure=StageSettings(guidance_scale=float("nan"))), "guidance scale"),
+        (lambda m, p: m(p, structure=StageSettings(threshold=float("nan"))), "threshold: expected a number"),
         (lambda m, p: m(p, structure=StageSettings(sampler="rk99")), "sampler: expected one of euler"),
     ],
 )

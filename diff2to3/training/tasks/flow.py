@@ -53,13 +53,16 @@ class FlowDataConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How the model is sampled, in validation and by whoever loads its bundle."""
+    """How the model is sampled, in validation and by whoever loads its bundle. The fields are those of
+    :class:`diff2to3.pipeline.denoise.StageSettings`.
+    """
 
     sampler: str = "euler"
     num_steps: int = 25
     guidance_scale: float = 3.0
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     shift: float = 3.0
+    threshold: float = 0.0
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -91,7 +94,7 @@ class FlowTask:
 
     def __init__(self, config: FlowRunConfig) -> None:
         self.config = config
-        self.judge = Judge(config.data.bundle, config.model.stage) if config.data.bundle else None
+        self.judge = Judge(config.data.bundle, config.model.stage, config.sampling.threshold) if config.data.bundle else None
 
     def objective(self) -> FlowObjective:
         c = self.config

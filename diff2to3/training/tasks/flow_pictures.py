@@ -27,7 +27,7 @@ SCORED_VIEWS = (0, 5, 10)
 class Judge:
     """The decoder of one stage's latents, from a bundle."""
 
-    def __init__(self, bundle: str, stage: str) -> None:
+    def __init__(self, bundle: str, stage: str, threshold: float = 0.0) -> None:
         folder = Path(bundle)
         info = read_bundle(folder)
         name = "structure_decoder" if stage == "structure" else "decoder"
@@ -43,7 +43,7 @@ class Judge:
             self.decoder = Decoder(config_from_dict(DecoderConfig, entry.config, origin))
         load_strictly(self.decoder, read_tensors(folder / entry.file), folder / entry.file)
         self.decoder.eval().requires_grad_(False)
-        self.stage = stage
+        self.stage, self.threshold = stage, threshold
         self.scale = 1  # cells of the grid to one of the latents', on each axis
         if stage == "structure":
             self.scale = 2 ** (len(entry.config["channels"]) - 1) * int(entry.config.get("fold", 1))
@@ -54,7 +54,7 @@ class Judge:
 
     def occupied(self, latents: Tensor) -> Tensor:
         """Dense latents → bool [B, R, R, R]."""
-        return self.decoder.to(latents.device)(latents)[:, 0] > 0
+        return self.decoder.to(latents.device)(latents)[:, 0] > self.threshold
 
     def objects(self, voxels: SparseVoxels) -> list[Gaussians]:
         return self.decoder.to(voxels.feats.device)(voxels)
