@@ -81,13 +81,8 @@ def main(argv: list[str] | None = None) -> int:
 def run_variant(protocol: Protocol, name: str, overrides: list[str], runs: Path) -> dict[str, Any]:
     """Train one variant, unless its run is complete, and read its last validation."""
     out = runs / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    chosen = {**protocol.common, **protocol.variants[name]}
-    words = [
-        f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"
-        for key, value in chosen.items()
-    ]
     command = [sys.executable, str(ROOT / protocol.program), str(ROOT / protocol.config)]
-    command += [*words, *overrides, f"train.out={out}"]
+    command += [*words_of(protocol, name), *overrides, f"train.out={out}"]
     print(f"== {name}", flush=True)
     if subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
         raise InputError(f"{name}: the run in {out} failed; see above")
@@ -98,6 +93,15 @@ def run_variant(protocol: Protocol, name: str, overrides: list[str], runs: Path)
     )
     row = {"name": name, "changes": protocol.variants[name], "steps": last["step"], "s_per_step": seconds}
     return {**row, **{score: last[score] for score in protocol.scores}}
+
+
+def words_of(protocol: Protocol, name: str) -> list[str]:
+    """What a variant is trained with, as key=value."""
+    chosen = {**protocol.common, **protocol.variants[name]}
+    return [
+        f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"
+        for key, value in chosen.items()
+    ]
 
 
 def markdown(rows: list[dict[str, Any]], scores: list[str]) -> str:

@@ -187,7 +187,9 @@ def test_packed_items_equal_each_alone(items, position, io_kernel, seed):
 @pytest.mark.parametrize("extras", [{}, EXTRAS], ids=["paper", "mini"])
 @pytest.mark.parametrize("position", POSITIONS)
 def test_permuting_voxels_permutes_the_output(position, extras, generator):
-    network = randomised(small_config(position=position, patch_size=4, io_channels=[6, 8], **extras), generator)
+    network = randomised(
+        small_config(position=position, patch_size=4, io_channels=[6, 8], **extras), generator
+    )
     latents, image = random_voxels(generator, [90]), random_image(generator, [(4, 4)])
     t = torch.tensor([0.4], dtype=torch.float64)
     out = network(latents, t, image)

@@ -94,7 +94,8 @@ class FlowTask:
 
     def __init__(self, config: FlowRunConfig) -> None:
         self.config = config
-        self.judge = Judge(config.data.bundle, config.model.stage, config.sampling.threshold) if config.data.bundle else None
+        bundle, threshold = config.data.bundle, config.sampling.threshold
+        self.judge = Judge(bundle, config.model.stage, threshold) if bundle else None
 
     def objective(self) -> FlowObjective:
         c = self.config
