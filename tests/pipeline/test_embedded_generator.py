@@ -1,0 +1,77 @@
+"""The generator inside the package, on the pictures inside the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diff2to3.pipeline import ImageTo3D, Result
+from diff2to3.pipeline.sources import EMBEDDED
+from diff2to3.pipeline.turntable import turntable
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "eval" / "examples"
+NAMES = ("ambulance", "christmas_tree", "suv", "trunk")
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        not (EMBEDDED / "mini" / "latent_flow.safetensors").is_file(), reason="the package has no generator"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> ImageTo3D:
+    return ImageTo3D.from_pretrained("mini")
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    return [Image.open(EXAMPLES / f"{name}.png") for name in NAMES]
+
+
+@pytest.fixture(scope="module")
+def alone(model: ImageTo3D, pictures: list[Image.Image]) -> list[Result]:
+    return [model(picture, seed=i) for i, picture in enumerate(pictures)]
+
+
+def difference(a: Result, b: Result) -> float:
+    if a.latents.coords.tolist() != b.latents.coords.tolist():
+        return float("inf")
+    names = ("means", "quats", "scales", "opacities", "sh")
+    return max(float((getattr(a.gaussians, n) - getattr(b.gaussians, n)).abs().max()) for n in names)
+
+
+def mean_color(image: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Of pixels uint8 [..., 3] that show the object, in [0, 1]."""
+    return image[seen].mean(0) / 255
+
+
+def test_the_same_seed_gives_the_same_alone_and_in_a_batch(
+    model: ImageTo3D, pictures: list[Image.Image], alone: list[Result]
+) -> None:
+    """Bit by bit when repeated, to rounding when packed with others."""
+    assert difference(model(pictures[2], seed=2), alone[2]) == 0
+    for single, packed in zip(alone, model.batch(pictures, list(range(len(pictures)))), strict=True):
+        assert difference(single, packed) < 1e-4
+
+
+def test_objects_have_the_size_and_the_colour_of_the_picture(
+    pictures: list[Image.Image], alone: list[Result]
+) -> None:
+    """The mean colour over a turntable is nearer to that of its own picture than to any other's, and within 0.15."""
+    wanted = []
+    for picture in pictures:
+        rgba = np.asarray(picture.convert("RGBA"))
+        wanted.append(mean_color(rgba[..., :3], rgba[..., 3] > 250))
+    for i, result in enumerate(alone):
+        coords = result.latents.coords[:, 1:]
+        assert 300 < len(coords) < 8000
+        assert int((coords.max(0).values - coords.min(0).values).max()) >= 20  # the longest side is 1
+        frames = turntable(result.gaussians, 6, 96)
+        found = mean_color(frames, (frames < 235).any(-1))
+        distances = [float(np.abs(found - color).mean()) for color in wanted]
+        assert distances[i] == min(distances) and distances[i] < 0.15, (NAMES[i], distances)
