@@ -13,14 +13,11 @@ from diff2to3.pipeline.sources import EMBEDDED
 from diff2to3.pipeline.turntable import turntable
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "eval" / "examples"
-NAMES = ("ambulance", "christmas_tree", "suv", "trunk")
+NAMES = ("ambulance", "suv", "trunk")
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(
-        not (EMBEDDED / "mini" / "latent_flow.safetensors").is_file(), reason="the package has no generator"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not (EMBEDDED / "mini" / "latent_flow.safetensors").is_file(), reason="the package has no generator"
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +51,7 @@ def test_the_same_seed_gives_the_same_alone_and_in_a_batch(
     model: ImageTo3D, pictures: list[Image.Image], alone: list[Result]
 ) -> None:
     """Bit by bit when repeated, to rounding when packed with others."""
-    assert difference(model(pictures[2], seed=2), alone[2]) == 0
+    assert difference(model(pictures[1], seed=1), alone[1]) == 0
     for single, packed in zip(alone, model.batch(pictures, list(range(len(pictures)))), strict=True):
         assert difference(single, packed) < 1e-4
 
