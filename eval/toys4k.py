@@ -2,12 +2,16 @@
 
     python eval/toys4k.py reconstruction --assets toys4k:FOLDER --method ply:MINE --out runs/mine --weights lpips=FILE
     torchrun --nproc-per-node 8 eval/toys4k.py generation --assets toys4k:FOLDER --method model:BUNDLE --out runs/gen
-    python eval/toys4k.py draw --assets toys4k:FOLDER > eval/protocol/toys4k_ids.txt
+    python eval/toys4k.py draw --list toys_dict.json > eval/protocol/toys4k_ids.txt
 
 --assets is a folder, a zip or a published data set (see diff2to3/assets); --method is one of
 
     ply:FOLDER           ply-yup:FOLDER       images:FOLDER
     call:FILE.py:NAME    model:NAME_OR_FOLDER (such as model:mini; the task says whether it generates or reconstructs)
+
+The 1,000 assets are drawn by the owners' names for them, "mug/mug_007/mug_007.blend": from all that --assets has, the
+next in the same order where some are missing. eval/protocol/toys4k_ids.txt are those of the complete list, toys_dict.json
+in toys4k/renderer/jsons of github.com/rehg-lab/lowshot-shapebias; --ids eval/protocol/toys4k_ids.txt insists on them.
 
 --set KEY=VALUE … changes the protocol (eval/protocol), such as resolution=256 num_assets=null.
 
@@ -19,6 +23,7 @@ next time), 2 for bad input.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -52,13 +57,30 @@ def worker() -> Worker:
     return Worker(rank, size, local)
 
 
+def draw(args: argparse.Namespace) -> int:
+    """Print the names of what is drawn."""
+    if (args.list is None) == (args.assets is None):
+        raise InputError("draw: expected one of --assets and --list")
+    known = listed(args.list) if args.list else MeshSource(args.assets, args.split).names_or_ids()
+    names = draw_ids(known, args.count, args.seed)
+    print(f"# {len(names)} of {len(known)} names: those whose sha256 of '{args.seed}:NAME' is least")
+    print("\n".join(names))
+    return 0
+
+
+def listed(path: Path) -> list[str]:
+    """The names in the owners' list: {category: ["NAME/NAME.blend", …]}."""
+    try:
+        categories = json.loads(path.read_text("utf-8"))
+        return [f"{category}/{file}" for category, files in categories.items() for file in files]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: expected a JSON object of categories and their files ({error})") from None
+
+
 def run(args: argparse.Namespace) -> int:
-    truth = MeshSource(args.assets, args.split)
     if args.task == "draw":
-        ids = draw_ids(truth.ids(), args.count, args.seed)
-        print(f"# {len(ids)} of {len(truth.ids())} ids: those whose sha256 of '{args.seed}:ID' is least")
-        print("\n".join(ids))
-        return 0
+        return draw(args)
+    truth = MeshSource(args.assets, args.split)
     rules = load_protocol(args, PROTOCOLS / f"toys4k_{args.task}.yaml", args.task)
     here = worker()
     device = here.device(args.device)
@@ -77,10 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="toys4k", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("task", choices=("reconstruction", "generation", "draw"))
-    parser.add_argument("--assets", required=True)
-    parser.add_argument("--split", help="only assets of this split, where the catalogue has splits")
     words = list(sys.argv[1:] if argv is None else argv)
+    parser.add_argument("--assets", required="draw" not in words[:1])
+    parser.add_argument("--split", help="only assets of this split, where the catalogue has splits")
     if "draw" in words[:1]:
+        parser.add_argument("--list", type=Path, help="the owners' toys_dict.json, in place of --assets")
         parser.add_argument("--count", type=int, default=Protocol().num_assets)
         parser.add_argument("--seed", type=int, default=Protocol().seed)
     else:

@@ -19,7 +19,7 @@ from diff2to3.evaluation.parallel import check_output
 from diff2to3.evaluation.protocol import Protocol, draw_ids
 from diff2to3.evaluation.runs import RunFolder, run_assets, run_settings
 from diff2to3.evaluation.scores import Scorer
-from diff2to3.evaluation.sources import Source
+from diff2to3.evaluation.sources import MeshSource, Source
 from diff2to3.evaluation.summary import summarise
 from diff2to3.evaluation.tables import build_table, markdown
 from diff2to3.files import write_atomic
@@ -100,17 +100,19 @@ def load_protocol(args: argparse.Namespace, default: Path, task: str | None = No
 
 
 def choose_ids(args: argparse.Namespace, rules: Protocol, truth: Source) -> tuple[list[str], list[str]]:
-    """(ids, notes): those of --ids, or drawn from what ``truth`` has."""
+    """(ids, notes): those of --ids (or so named by the owners of a published set), or drawn from what ``truth`` has."""
     known = truth.ids()
+    names = truth.names() if isinstance(truth, MeshSource) else {}
     if args.ids is not None:
-        ids = sorted(set(read_ids(args.ids)))
+        id_of = {name: asset_id for asset_id, name in names.items()}
+        ids = sorted({id_of.get(name, name) for name in read_ids(args.ids)})
         unknown = sorted(set(ids) - set(known))
         if unknown:
             raise InputError(f"{args.ids}: {len(unknown)} ids are not in {truth.name}, first {unknown[0]!r}")
         drawn = ids
         notes = []
     else:
-        drawn = draw_ids(known, rules.num_assets, rules.seed)
+        drawn = draw_ids(known, rules.num_assets, rules.seed, names)
         notes = [f"{len(drawn)} of {len(known)} assets, drawn with seed {rules.seed}"]
         if rules.num_assets is not None and len(drawn) < rules.num_assets:
             notes = [f"the protocol asks for {rules.num_assets} assets; {truth.name} has {len(drawn)}"]

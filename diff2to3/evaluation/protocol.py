@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -100,12 +100,17 @@ class Protocol:
         return int.from_bytes(hashlib.sha256(f"{self.seed}\0{asset_id}".encode()).digest()[:4], "big")
 
 
-def draw_ids(ids: Iterable[str], count: int | None, seed: int) -> list[str]:
+def draw_ids(
+    ids: Iterable[str], count: int | None, seed: int, names: Mapping[str, str] | None = None
+) -> list[str]:
     """``count`` of ``ids`` (all where there are fewer, or for None), sorted; the choice depends on nothing but the
-    ids and ``seed``: those whose sha256 of ``SEED:ID`` is least.
+    ids and ``seed``: those whose sha256 of ``SEED:ID`` is least. ``names`` stand for ids in that, where they have one.
     """
+    names = names or {}
     ids = sorted(set(ids))
     if count is None or count >= len(ids):
         return ids
-    ranked = sorted(ids, key=lambda asset_id: hashlib.sha256(f"{seed}:{asset_id}".encode()).digest())
+    ranked = sorted(
+        ids, key=lambda asset_id: hashlib.sha256(f"{seed}:{names.get(asset_id, asset_id)}".encode()).digest()
+    )
     return sorted(ranked[:count])

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
+from diff2to3.assets import read_ids
+from diff2to3.evaluation.cli import choose_ids
 from diff2to3.evaluation.protocol import Protocol, draw_ids
 from diff2to3.evaluation.runs import RunFolder
+from diff2to3.evaluation.sources import MeshSource
 from diff2to3.evaluation.tables import PAPER, markdown
 from diff2to3.metrics.distribution import FeatureMoments, frechet_distance, kernel_distance
 from diff2to3.pipeline import ImageTo3D, Result
 from diff2to3.types import Gaussians, SparseVoxels
 
 ROOT = Path(__file__).resolve().parents[2]
+PROTOCOLS = ROOT / "eval" / "protocol"
 #: What makes a protocol tiny.
 TINY = ("resolution=32", "cameras.num_views=2", "render.supersample=1", "render.lighting.mode=unlit")
 
@@ -274,7 +281,54 @@ def test_drawing_is_a_function_of_ids_and_seed(program, toys4k, capsys):
     assert draw_ids(ids, 200, 0) == draw_ids(ids, None, 0) == ids
     assert program("toys4k").main(["draw", "--assets", f"toys4k:{toys4k}", "--count", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and lines[0].startswith("# 3 of 5 ids")
+    assert len(lines) == 4 and lines[0].startswith("# 3 of 5 names")
+
+
+def test_assets_are_drawn_and_chosen_by_the_owners_names(program, toys4k, tmp_path, capsys):
+    """The same from the owners' list as from the data set, whose ids are hashes; --ids takes either."""
+    names = [
+        f"{name}/{name.split('/')[1]}.blend"
+        for name in sorted(
+            path.parent.relative_to(toys4k / "raw" / "toys4k_blend_files").as_posix()
+            for path in toys4k.rglob("*.glb")
+        )
+    ]
+    categories: dict[str, list[str]] = {}
+    for name in names:
+        category, _, file = name.partition("/")
+        categories.setdefault(category, []).append(file)
+    (tmp_path / "toys_dict.json").write_text(json.dumps(categories))
+    draw = program("toys4k").main
+    assert draw(["draw", "--list", str(tmp_path / "toys_dict.json"), "--count", "3"]) == 0
+    listed = capsys.readouterr().out
+    assert draw(["draw", "--assets", f"toys4k:{toys4k}", "--count", "3"]) == 0
+    assert capsys.readouterr().out == listed
+    ranked = sorted(names, key=lambda name: hashlib.sha256(f"0:{name}".encode()).hexdigest())
+    assert listed.splitlines()[1:] == sorted(ranked[:3])
+    truth = MeshSource(f"toys4k:{toys4k}")
+    (tmp_path / "ids.txt").write_text(listed)
+    drawn, _ = choose_ids(Namespace(ids=None), Protocol(num_assets=3), truth)
+    given, _ = choose_ids(Namespace(ids=tmp_path / "ids.txt"), Protocol(num_assets=3), truth)
+    assert drawn == given == sorted(hashlib.sha256(name.encode()).hexdigest() for name in ranked[:3])
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"a": 3}', "{", None])
+def test_a_bad_list_of_names_is_named(text, program, tmp_path, capsys):
+    if text is not None:
+        (tmp_path / "list.json").write_text(text)
+    assert program("toys4k").main(["draw", "--list", str(tmp_path / "list.json")]) == 2
+    assert f"{tmp_path / 'list.json'}: expected a JSON object" in capsys.readouterr().err
+    assert program("toys4k").main(["draw"]) == 2
+    assert "one of --assets and --list" in capsys.readouterr().err
+
+
+def test_the_committed_list_of_assets_is_what_the_rule_gives():
+    """1,000 different names of the owners' form, sorted; a shorter draw from them is the best of the same order."""
+    names = read_ids(PROTOCOLS / "toys4k_ids.txt")
+    assert len(set(names)) == 1000 and names == sorted(names)
+    assert all(re.fullmatch(r"(\w+)/(\1_\d{3})/\2\.blend", name) for name in names)
+    digests = sorted(hashlib.sha256(f"0:{name}".encode()).digest()[0] for name in names)
+    assert digests[-1] <= 0.28 * 256  # the least quarter of 4,000: their greatest first byte is about 64
 
 
 def test_cameras_and_seeds_belong_to_the_asset():
