@@ -10,8 +10,8 @@
     call:FILE.py:NAME    model:NAME_OR_FOLDER (such as model:mini; the task says whether it generates or reconstructs)
 
 The 1,000 assets are drawn by the owners' names for them, "mug/mug_007/mug_007.blend": from all that --assets has, the
-next in the same order where some are missing. eval/protocol/toys4k_ids.txt are those of the complete list, toys_dict.json
-in toys4k/renderer/jsons of github.com/rehg-lab/lowshot-shapebias; --ids eval/protocol/toys4k_ids.txt insists on them.
+next in the same order where some are missing. eval/protocol/toys4k_ids.txt are those of the complete list,
+toys_dict.json in toys4k/renderer/jsons of github.com/rehg-lab/lowshot-shapebias; --ids with that file insists on them.
 
 --set KEY=VALUE … changes the protocol (eval/protocol), such as resolution=256 num_assets=null.
 
