@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -53,13 +55,17 @@ def train_in_pairs(runs: Sequence[Sequence[str]]) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Ports that nothing listens on, below those that systems give to outgoing connections: among those, a run's own
+    connections could take the port of the next before it starts.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(15000, 32000), 1000):
+        with socket.socket() as candidate, contextlib.suppress(OSError):
+            candidate.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError(f"fewer than {count} free ports")
 
 
 def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 240) -> None:
