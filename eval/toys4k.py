@@ -61,7 +61,7 @@ def draw(args: argparse.Namespace) -> int:
     """Print the names of what is drawn."""
     if (args.list is None) == (args.assets is None):
         raise InputError("draw: expected one of --assets and --list")
-    known = listed(args.list) if args.list else MeshSource(args.assets, args.split).names_or_ids()
+    known = listed(args.list) if args.list else list(MeshSource(args.assets, args.split).names().values())
     names = draw_ids(known, args.count, args.seed)
     print(f"# {len(names)} of {len(known)} names: those whose sha256 of '{args.seed}:NAME' is least")
     print("\n".join(names))

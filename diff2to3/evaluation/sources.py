@@ -238,14 +238,8 @@ class MeshSource:
         return sorted(record.id for record in self._records)
 
     def names(self) -> dict[str, str]:
-        """What the owners of a published set call its assets, by id: "mug/mug_007/mug_007.blend"."""
-        given = ((record.id, record.metadata.get("file_identifier")) for record in self._records)
-        return {asset_id: name for asset_id, name in given if name}
-
-    def names_or_ids(self) -> list[str]:
-        """The owners' name of every asset, or its id where there is none."""
-        names = self.names()
-        return [names.get(asset_id, asset_id) for asset_id in self.ids()]
+        """By id what the owners of a published set call each asset, "mug/mug_007/mug_007.blend"; else its id."""
+        return {record.id: record.metadata.get("file_identifier") or record.id for record in self._records}
 
     def fingerprint(self) -> str:
         lines = (f"{record.id} {record.sha256}" for record in self._records)

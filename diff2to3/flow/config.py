@@ -131,6 +131,11 @@ class SMDiTConfig:
             raise ValueError(f"num_heads: rotary positions need an even width a head, got {self.num_heads}")
 
     @property
+    def embeds_positions(self) -> bool:
+        """Whether tokens get an absolute embedding."""
+        return self.position == "ape" or self.absolute
+
+    @property
     def grid(self) -> int:
         """Voxel tokens on each axis."""
         return self.resolution // self.patch_size

@@ -27,6 +27,7 @@ from diff2to3.flow.tokens import ImageTokens, boundaries
 from diff2to3.nn.attention import AttentionHooks
 from diff2to3.nn.embeddings import TimestepEmbedder, absolute_position_embedding
 from diff2to3.nn.precision import cast_torso, torso_dtype
+from diff2to3.nn.sequences import mean_row_by_item
 from diff2to3.nn.streams import JointPlan, pack_streams, unpack_streams
 from diff2to3.nn.transformer import final_norm, modulation, xavier_linears, zero_parameters
 from diff2to3.types import SparseVoxels
@@ -56,11 +57,8 @@ class ImagePool(nn.Module):
         self.out_layer = nn.Linear(width, width, bias=False)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-        counts = cu_seqlens.diff().long()
-        item = torch.repeat_interleave(torch.arange(len(counts), device=tokens.device), counts)
         hidden = nn.functional.silu(self.input_layer(tokens))
-        total = hidden.new_zeros(len(counts), hidden.shape[1]).index_add(0, item, hidden)
-        return self.out_layer(total / counts.clamp(min=1)[:, None].to(hidden.dtype))
+        return self.out_layer(mean_row_by_item(hidden, cu_seqlens))
 
 
 class SMDiT(nn.Module):
@@ -124,7 +122,7 @@ class SMDiT(nn.Module):
         c = self.config
         time = self.t_embedder(timestep)
         y = self.image_layer(image.feats.to(self.image_layer.weight.dtype))
-        if c.position == "ape" or c.absolute:
+        if c.embeds_positions:
             y = y + absolute_position_embedding(image_ids(image, c.grid), c.width).to(y.dtype)
         if c.pool_image:
             time = time + self.image_pool(y, image.cu_seqlens)
@@ -135,7 +133,7 @@ class SMDiT(nn.Module):
     ) -> Tensor:
         """Voxel tokens [M, D], image tokens [T, D] → voxel tokens. hooks: block number (double blocks first)."""
         c, dtype = self.config, self.torso_dtype
-        if c.position == "ape" or c.absolute:
+        if c.embeds_positions:
             x = x + absolute_position_embedding(voxel_ids(plan.coords), c.width).to(x.dtype)
         if c.share_modulation:
             time = self.adaLN_modulation(time)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from diff2to3.data.store import AssetStore
+from diff2to3.evaluation.generation import as_image
 from diff2to3.gaussians.render import render
 from diff2to3.metrics.geometry import voxel_iou
 from diff2to3.metrics.image import psnr
@@ -66,9 +66,7 @@ def test_eight_assets_come_back_from_one_picture_each(dataset: Path, model: Imag
     once, scores = StageSettings(1, 1.0, shift=1.0), []
     for k, asset in enumerate(assets):
         seen = store.views(asset, "cond", (k * 7 % 24,))
-        rgba = torch.cat([seen.images[0], seen.alphas[0, ..., None]], -1)
-        photo = Image.fromarray((rgba.numpy() * 255).round().astype(np.uint8), "RGBA")
-        made = model(photo, seed=k, structure=once, latent=once)
+        made = model(as_image(seen), seed=k, structure=once, latent=once)
         truth = store.coords(asset, 32)
         iou = voxel_iou(made.latents.coords[:, 1:], truth)
         stored = store.open(asset, "structures_mini").tensors("latents.safetensors")["mean"].float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +10,8 @@ from types import ModuleType
 import pytest
 
 from diff2to3.pipeline import ImageTo3D
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # pipeline_helpers
 
 
 @pytest.fixture(scope="session")

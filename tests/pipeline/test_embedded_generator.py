@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pipeline_helpers import difference
 
 from diff2to3.pipeline import ImageTo3D, Result
 from diff2to3.pipeline.sources import EMBEDDED
@@ -33,13 +34,6 @@ def pictures() -> list[Image.Image]:
 @pytest.fixture(scope="module")
 def alone(model: ImageTo3D, pictures: list[Image.Image]) -> list[Result]:
     return [model(picture, seed=i) for i, picture in enumerate(pictures)]
-
-
-def difference(a: Result, b: Result) -> float:
-    if a.latents.coords.tolist() != b.latents.coords.tolist():
-        return float("inf")
-    names = ("means", "quats", "scales", "opacities", "sh")
-    return max(float((getattr(a.gaussians, n) - getattr(b.gaussians, n)).abs().max()) for n in names)
 
 
 def mean_color(image: np.ndarray, seen: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipeline_helpers import NAMES, difference
 
 from diff2to3.errors import InputError
 from diff2to3.flow.tokens import ImageTokens
@@ -15,15 +16,6 @@ from diff2to3.pipeline.load import load_model
 from diff2to3.types import SparseVoxels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-NAMES = ("means", "quats", "scales", "opacities", "sh")
-
-
-def difference(a, b):
-    """Largest difference of two objects' Gaussians; infinite where they are on other voxels."""
-    if a.latents.coords.tolist() != b.latents.coords.tolist():
-        return float("inf")
-    return max(float((getattr(a.gaussians, n) - getattr(b.gaussians, n)).abs().max()) for n in NAMES)
 
 
 def euler_by_hand(velocity, z, steps, shift, scale, interval):
