@@ -368,3 +368,14 @@ class Mesh:
     def triangles(self) -> np.ndarray:
         """Corner positions: float32 [F, 3, 3] (face, corner, xyz)."""
         return np.asarray(self.vertices[self.faces])
+
+    def mirrored(self) -> Mesh:
+        """The same asset as a mirror at x = 0 shows it; faces stay counter-clockwise seen from outside."""
+        flip = np.array([-1, 1, 1], np.float32)
+        return replace(
+            self,
+            vertices=self.vertices * flip,
+            faces=np.ascontiguousarray(self.faces[:, ::-1]),
+            normals=None if self.normals is None else self.normals * flip,
+            transform=np.diag([-1.0, 1.0, 1.0, 1.0]) @ self.transform,
+        )

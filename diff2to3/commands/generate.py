@@ -68,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--sampler", choices=tuple(SAMPLERS))
     how.add_argument(
         "--multi-image", choices=MULTI_IMAGE_MODES, default=MULTI_IMAGE_MODES[0],
-        help="with several --image: one of them a step in turn, or the mean over all (slower)",
+        help="with several --image: one of them a step in turn (where there are as many steps), or the mean over all "
+        "(slower)",
     )  # fmt: skip
     how.add_argument(
         "--batch-size", type=int, default=1, help="assets generated at once; changes speed, not results"

@@ -175,6 +175,8 @@ class DataConfig:
     source       a folder, a zip, or a catalogue (see ``diff2to3 data list --help``)
     out          the dataset's folder; on a file system that all workers see
     seed         of the cameras
+    mirror       splits whose assets also come mirrored in x, as assets of their own: twice the shapes, and views from
+                 other cameras, for models that see an image and have to know left from right
     stages       in order: "views", "voxels", "features" for all of a kind, or one such as "features_rgb"
     shard_size   assets a shard
     view_sets    name -> views
@@ -188,6 +190,7 @@ class DataConfig:
     seed: int = 0
     filter: FilterConfig = field(default_factory=FilterConfig)
     limits: LimitConfig = field(default_factory=LimitConfig)
+    mirror: list[str] = field(default_factory=list)
     stages: list[str] = field(default_factory=lambda: ["views", "voxels", "features"])
     shard_size: int = 64
     render: RenderConfig = field(default_factory=RenderConfig)

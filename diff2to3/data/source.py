@@ -10,6 +10,10 @@ from diff2to3.data.schema import DataConfig
 from diff2to3.types import Mesh
 
 
+#: What the id of a mirrored asset ends with.
+MIRRORED = "~mirrored"
+
+
 class AssetSource:
     """The source of a configuration, opened at first use: workers that need no mesh never open it."""
 
@@ -22,7 +26,9 @@ class AssetSource:
         return open_catalogue(self.config.source)
 
     def list(self) -> list[tuple[str, str, str]]:
-        """(id, split, license) of every asset that passes the filters, in the catalogue's order."""
+        """(id, split, license) of every asset that passes the filters, in the catalogue's order, then of those that
+        come mirrored as well.
+        """
         chosen = self.config.filter
         records = AssetFilter(
             ids=None if chosen.ids is None else read_ids(chosen.ids),
@@ -33,10 +39,16 @@ class AssetSource:
             min_aesthetic=chosen.min_aesthetic,
             limit=chosen.limit,
         ).apply(self.catalogue)
-        return [(record.id, record.split or "", record.license or "") for record in records]
+        listed = [(record.id, record.split or "", record.license or "") for record in records]
+        mirrored = [
+            (id + MIRRORED, split, terms) for id, split, terms in listed if split in self.config.mirror
+        ]
+        return [*listed, *mirrored]
 
     def load(self, asset_id: str) -> Mesh:
         """The mesh of an asset. Raises InputError, which begins with the id, when it cannot be had."""
         limits = self.config.limits
         bounds = Limits(max_file_bytes=limits.max_file_mib << 20, max_faces=limits.max_faces)
-        return load_asset(self.catalogue[asset_id], bounds)
+        name = asset_id.removesuffix(MIRRORED)
+        mesh = load_asset(self.catalogue[name], bounds)
+        return mesh if name == asset_id else mesh.mirrored()

@@ -141,9 +141,12 @@ def sample(
     stage: str,
     progress: Progress | None,
 ) -> Tensor:
-    """From noise to data, with guidance over one or several conditions."""
+    """From noise to data, with guidance over one or several conditions. Where there are fewer steps than conditions,
+    taking turns would leave some out: their velocities are averaged then.
+    """
     present = [velocity_of(cond) for cond in conditions.present]
-    combine = averaged if multi_image == "multidiffusion" else alternating
+    take_turns = multi_image == "stochastic" and len(present) <= settings.num_steps
+    combine = alternating if take_turns else averaged
     conditional = present[0] if len(present) == 1 else combine(present)
     velocity = conditional
     if settings.guidance_scale != 1:

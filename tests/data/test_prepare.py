@@ -252,6 +252,42 @@ class TestRefusals:
             prepare(settings(tmp_path), InlineExecutor(), part=(3, 3))
 
 
+def test_mirrored_assets_are_assets_of_their_own(tmp_path: Path, prepared: Path, settings: Settings) -> None:
+    """Voxels and colours are the originals' mirrored in x; what was prepared without them stays as it is."""
+    out = tmp_path / "set"
+    shutil.copytree(prepared, out)
+    for report in prepare(settings(out, mirror=["train"]), InlineExecutor()):
+        assert not report.failed
+    store = AssetStore(out)
+    ids = [asset.id for asset in store.assets()]
+    assert ids == [
+        *(f"pack/box-{i}" for i in range(8)),
+        *(f"pack/box-{i}~mirrored" for i in (0, 1, 2, 4, 5, 6)),
+    ]
+    by_id = {asset.id: asset for asset in store.assets()}
+    for i in (0, 1, 4):
+        before, after = by_id[f"pack/box-{i}"], by_id[f"pack/box-{i}~mirrored"]
+        assert after.split == "train"
+        coords, mirrored = store.coords(before, 16).clone(), store.coords(after, 16)
+        coords[:, 0] = 15 - coords[:, 0]
+        assert {tuple(c) for c in mirrored.tolist()} == {tuple(c) for c in coords.tolist()}
+    mesh, flipped = (AssetSource(settings(out)).load(f"pack/box-1{end}") for end in ("", "~mirrored"))
+    volume = [np.linalg.det(m.triangles.astype(np.float64)).sum() for m in (mesh, flipped)]
+    assert volume[0] > 0 and volume[1] == pytest.approx(volume[0])  # still seen from outside
+    camera = torch.tensor([[0.0, 1, 0, 0], [0, 0, -1, 0], [-1, 0, 0, 3], [0, 0, 0, 1]])[
+        None
+    ]  # from +x, y to the right
+    mirror = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
+    K = torch.tensor([[[150.0, 0, 24], [0, 150, 24], [0, 0, 1]]])
+    config = settings(out).render
+    seen = render_views(mesh, camera, K, 48, 48, config)
+    flip_image = torch.diag(torch.tensor([-1.0, 1, 1, 1]))  # a mirrored camera has a mirrored picture
+    again = render_views(flipped, flip_image @ camera @ mirror, K, 48, 48, config)
+    assert float(seen.alphas.mean()) > 0.05
+    torch.testing.assert_close(again.images.flip(2), seen.images, rtol=0, atol=2e-3)
+    torch.testing.assert_close(again.alphas.flip(2), seen.alphas, rtol=0, atol=2e-3)
+
+
 def test_a_grown_source_goes_to_new_shards(tmp_path: Path, prepared: Path, settings: Settings) -> None:
     root = tmp_path / "set"
     prepare(settings(root, filter=FilterConfig(limit=4)), InlineExecutor())

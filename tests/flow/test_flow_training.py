@@ -8,8 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save as save_tensors
 
-from diff2to3.checkpoint import load_strictly, read_bundle, read_tensors
-from diff2to3.config import config_from_dict, load_config
+from diff2to3.checkpoint import (
+    BundleInfo,
+    NetworkEntry,
+    load_strictly,
+    read_bundle,
+    read_tensors,
+    save_bundle,
+)
+from diff2to3.config import config_from_dict, config_to_dict, load_config
 from diff2to3.data.encodings import moments
 from diff2to3.data.plan import PlannedAsset, asset_key, write_plan
 from diff2to3.data.shards import Part, assemble, part_path, write_part
@@ -18,6 +25,8 @@ from diff2to3.flow.tokens import ImageTokens
 from diff2to3.training.run import main
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.flow import FlowRunConfig, FlowTask
+from diff2to3.vae.config import StructureConfig
+from diff2to3.vae.sparse_structure import StructureDecoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,6 +138,83 @@ def test_the_objective_is_the_formula_on_normalised_latents(stage, dataset):
         velocity = velocity[0] if stage == "structure" else velocity
         expected = (velocity - (noise - data)).square().mean()
         assert float(losses[i]) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def structure_bundle(tmp_path_factory):
+    """A random decoder from 4³ × 4 latents to 8³ cells."""
+    config = StructureConfig(latent_channels=4, num_res_blocks=1, num_middle_blocks=1, channels=[6, 4])
+    torch.manual_seed(3)
+    decoder = StructureDecoder(config)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp("structure-bundle")
+    entry = NetworkEntry("StructureDecoder", config_to_dict(config), "structure_decoder.safetensors")
+    info = BundleInfo("structure-vae", {"structure_decoder": entry}, {}, license="MIT", source="test")
+    save_bundle(folder, info, {"structure_decoder": decoder.state_dict()})
+    return folder, decoder
+
+
+def test_the_dice_loss_is_that_of_what_one_step_to_the_data_decodes_to(dataset, structure_bundle):
+    """By hand, in float64, with gradients of the network's last layer by finite differences."""
+    folder, decoder = structure_bundle
+    changes = {"loss.dice": 0.7, "loss.image_dropout": 0.4, "data.bundle": folder}
+    task = task_for(dataset, "structure", **changes)
+    torch.manual_seed(0)
+    objective = task.objective().double()
+    assert not any("decoder" in name for name in objective.state_dict())
+    with torch.no_grad():
+        for parameter in objective.network.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape))
+    batch = next(iter(task.loader(0, 0, 1)))
+    (wanted,) = batch.occupancy.values()
+    assert wanted.shape == (3, 8, 8, 8)
+    out = objective(batch, Randomness(3, 4))
+    dropped = 0
+    for i, asset in enumerate(batch.ids):
+        stored = batch.tensors["structures_x/latents.safetensors"][i]["mean"].double()
+        generator = Randomness(3, 4).generator(asset, "flow")
+        t = torch.rand(1, generator=generator)
+        without = bool(torch.rand(1, generator=generator) < 0.4)
+        dropped += without
+        noise = torch.randn(stored.shape, generator=generator)
+        mean, std = (x[:, None, None, None] for x in (objective.latents.mean, objective.latents.std))
+        data = (stored - mean) / std
+        image = objective.image(batch.tensors["tokens_x/*.safetensors"][i]["latents"][None].double())
+        tokens = (
+            ImageTokens.none(1, 12).to(dtype=torch.float64) if without else ImageTokens.from_latents(image, 2)
+        )
+        z = (1 - t) * data + t * noise
+        velocity = objective.network(z[None], t, tokens)[0]
+        logits = decoder.double()(((z - t * velocity) * std + mean)[None])[0, 0]
+        p, y = torch.sigmoid(logits), wanted[i].double()
+        dice = 0.0 if without else float(1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1))
+        error = float((velocity - (noise - data)).square().mean())
+        assert float(out["dice"][i]) == pytest.approx(dice, rel=1e-4)
+        assert float(out["velocity"][i]) == pytest.approx(error, rel=1e-4)
+        assert float(out["loss"][i]) == pytest.approx(error + 0.7 * dice, rel=1e-4)
+    assert 0 < dropped < 3  # both cases were seen
+
+    weight = objective.network.out_layer.weight
+    (gradient,) = torch.autograd.grad(out["dice"].sum(), weight)
+    assert not any(p.requires_grad for p in task.judge.decoder.parameters())
+    direction, step = torch.randn(weight.shape, dtype=torch.float64), 1e-3
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight.add_(sign * step * direction)
+            values.append(float(objective(batch, Randomness(3, 4))["dice"].double().sum()))
+            weight.sub_(sign * step * direction)
+    slope = (values[0] - values[1]) / (2 * step)
+    assert float((gradient * direction).sum()) == pytest.approx(slope, rel=0.02)  # dice is summed in float32
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"), [("structure", {"loss.dice": 1}), ("latents", {"loss.dice": 1, "data.bundle": "x"})]
+)
+def test_the_dice_loss_needs_structure_latents_and_their_decoder(stage, changes, dataset):
+    with pytest.raises(Exception, match=r"loss\.dice"):
+        task_for(dataset, stage, **changes)
 
 
 def test_statistics_are_of_the_training_split(dataset):

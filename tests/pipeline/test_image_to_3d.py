@@ -129,6 +129,16 @@ def test_several_photos_of_one_object(tiny, model):
         model.batch([images, images[:1]], [1, 1])
 
 
+def test_no_photo_is_left_out_where_there_are_fewer_steps_than_photos(tiny, model):
+    """One step cannot take turns: the modes agree then, and the second photo counts."""
+    stages = {name: StageSettings(1, 1.5, shift=1.0) for name in ("structure", "latent")}
+    pairs = [[tiny.photo(0), tiny.photo(k)] for k in (0, 1)]
+    same, other = (model(pair, seed=1, **stages) for pair in pairs)
+    mean = model(pairs[1], seed=1, multi_image="multidiffusion", **stages)
+    assert difference(other, mean) == 0
+    assert difference(other, same) > 1e-4
+
+
 def test_the_sampler_that_is_asked_for_runs(tiny, model):
     """In one step, a multistep method is Euler's and Heun's is not; more steps tell all three apart."""
 

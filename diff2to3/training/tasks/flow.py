@@ -82,6 +82,10 @@ class FlowRunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        if self.loss.dice and (self.model.stage == "latents" or not self.data.bundle):
+            raise ValueError(
+                "loss.dice: needs stage structure, and data.bundle with the decoder of its latents"
+            )
         kind = "latents_" if self.model.stage == "latents" else "structures_"
         if not self.data.latents.startswith(kind) and self.data.latents != MISSING:
             raise ValueError(
@@ -107,6 +111,7 @@ class FlowTask:
             c.data.latents,
             c.data.tokens,
             c.model.resolution,
+            self.judge.decoder if c.loss.dice and self.judge else None,
         )
         objective.image_patch_size = c.model.image_patch_size
         return objective
@@ -119,7 +124,10 @@ class FlowTask:
 
     def loader(self, seed: int, rank: int, world_size: int) -> TrainLoader:
         data = self.config.data
-        config = replace(data.loader, tensors=self.tensor_names())
+        grids = (
+            [self.config.model.resolution * self.judge.scale] if self.config.loss.dice and self.judge else []
+        )
+        config = replace(data.loader, tensors=self.tensor_names(), occupancy=grids)
         return TrainLoader(data.root, config, seed=seed, rank=rank, world_size=world_size)
 
     def tensor_names(self) -> list[str]:

@@ -1,6 +1,7 @@
 """The loss of a flow model on stored latents (P3.3).
 
 batch.tensors ─normalise─▶ z_0, image tokens ─▶ z_t = (1 − t) z_0 + t ε ─network─▶ v ↔ ε − z_0
+    stage structure, with a weight for it:  ẑ_0 = z_t − t v ─decoder─▶ logits ↔ batch.occupancy
 """
 
 from __future__ import annotations
@@ -17,20 +18,32 @@ from diff2to3.flow.matching import PathConfig, draw_times, noised, squared_error
 from diff2to3.flow.networks import predict
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.types import SparseVoxels
+from diff2to3.vae.structure_loss import dice_loss
 
 Statistics = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
 class FlowLossConfig:
-    """path: the times that are learnt at. image_dropout: how often the image is left out, for guidance."""
+    """What is minimised, and how often.
+
+    path           the times that are learnt at
+    image_dropout  how often the image is left out, for guidance
+    dice           stage structure: weight of the dice loss of the occupancy that the predicted latents decode to. The
+                   mean of several possible latents, which is what the squared error asks for near t = 1, decodes to
+                   next to nothing; this asks for the cells that are most likely occupied. Not for items whose image is
+                   left out.
+    """
 
     path: PathConfig = field(default_factory=PathConfig)
     image_dropout: float = 0.1
+    dice: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.image_dropout <= 1:
             raise ValueError(f"image_dropout: expected a probability, got {self.image_dropout}")
+        if not self.dice >= 0:
+            raise ValueError(f"dice: expected a weight of at least 0, got {self.dice}")
 
 
 class Normalization(nn.Module):
@@ -60,7 +73,7 @@ class Normalization(nn.Module):
 
 
 class FlowObjective(nn.Module):
-    """A velocity network and its loss. forward(batch, randomness) → {"loss": [B]}."""
+    """A velocity network and its loss. forward(batch, randomness) → {"loss": [B]}, and the terms of a sum."""
 
     def __init__(
         self,
@@ -71,15 +84,21 @@ class FlowObjective(nn.Module):
         latent_stage: str,
         token_stage: str,
         resolution: int,
+        decoder: nn.Module | None = None,
     ) -> None:
-        """``resolution``: of the voxels that sparse latents are on."""
+        """``resolution``: of the voxels that sparse latents are on. ``decoder``: of structure latents, for the dice
+        loss; it is neither trained nor saved.
+        """
         super().__init__()
+        if loss.dice and (decoder is None or latent_stage.startswith("latents_")):
+            raise ValueError("loss.dice: needs structure latents and their decoder (data.bundle)")
         self.name = "latent_flow" if latent_stage.startswith("latents_") else "structure_flow"
         self.add_module(self.name, network)  # the name it has in bundles, so that runs can begin with one
         self.loss = loss
         self.latents, self.image = latents, image
         self.latent_stage, self.token_stage, self.resolution = latent_stage, token_stage, resolution
         self.image_patch_size = 0
+        self.decoders = (decoder,)  # in a tuple, so that its weights are not the module's
 
     @property
     def network(self) -> nn.Module:
@@ -124,7 +143,20 @@ class FlowObjective(nn.Module):
             noisy = noised(latents, noise, t.reshape(-1, 1, 1, 1, 1))
             target, bounds = target_velocity(latents, noise), None
         velocity = predict(self.network, noisy, t, image)
-        return {"loss": squared_error(velocity, target, bounds)}
+        error = squared_error(velocity, target, bounds)
+        if not self.loss.dice:
+            return {"loss": error}
+        assert isinstance(noisy, Tensor)
+        (wanted,) = batch.occupancy.values()
+        dice = self.occupancy_loss(noisy - t.reshape(-1, 1, 1, 1, 1) * velocity, wanted)
+        dice = torch.where(drop.to(device), 0.0, dice)
+        return {"loss": error + self.loss.dice * dice, "velocity": error, "dice": dice}
+
+    def occupancy_loss(self, data: Tensor, wanted: Tensor) -> Tensor:
+        """Dice loss [B] between what normalised latents decode to and occupancy bool [B, R, R, R]."""
+        (decoder,) = self.decoders
+        assert decoder is not None
+        return dice_loss(decoder.to(data.device)(self.latents.invert(data).float())[:, 0], wanted)
 
 
 def draw(shapes: Sequence[tuple[int, ...]], generators: Sequence[torch.Generator]) -> list[Tensor]:
