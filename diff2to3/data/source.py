@@ -9,7 +9,6 @@ from diff2to3.assets.limits import Limits
 from diff2to3.data.schema import DataConfig
 from diff2to3.types import Mesh
 
-
 #: What the id of a mirrored asset ends with.
 MIRRORED = "~mirrored"
 
