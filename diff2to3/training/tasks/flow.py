@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ class SamplerConfig:
             raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         if len(self.guidance_interval) != 2:
             raise ValueError(f"guidance_interval: expected [low, high], got {self.guidance_interval}")
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"threshold: expected a number, got {self.threshold}")
 
 
 @dataclass(frozen=True)
