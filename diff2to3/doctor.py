@@ -85,6 +85,7 @@ PACKAGES = (
     Package("rembg", "background removal", extra("photos")),
     Package("imageio_ffmpeg", "films of turntables", extra("video"), ("imageio-ffmpeg",)),
     Package("wandb", "experiment tracking", extra("wandb")),
+    Package("tensorboard", "experiment tracking", extra("tensorboard")),
     Package("bpy", "Blender as a renderer", "pip install bpy   (each release supports one Python version)"),
     Package("kaolin", "mesh and volume tools", "see kaolin_hint"),
 )

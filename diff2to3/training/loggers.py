@@ -98,7 +98,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise MissingDependencyError("tensorboard", hint="pip install tensorboard") from error
+            raise MissingDependencyError("tensorboard", "tensorboard") from error
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
