@@ -48,6 +48,9 @@ class StageSettings:
     sampler            one of diff2to3.flow.samplers.SAMPLERS
     threshold          structure only: the decoder's logit above which a voxel is active. Below 0, a model that is
                        not sure of a surface leaves fewer holes in it
+    mirror             structure, from images only: generate from the mirrored photo too, and take the mean of one
+                       structure's logits and the other's mirrored back. For models that were trained on mirrored
+                       assets; it takes twice the time
     """
 
     num_steps: int = 25
@@ -56,6 +59,7 @@ class StageSettings:
     shift: float = 3.0
     sampler: str = "euler"
     threshold: float = 0.0
+    mirror: bool = False
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -81,6 +85,14 @@ class Conditions:
 
     present: tuple[Tensor, ...]
     absent: Tensor | None = None
+
+    def with_items(self, other: Conditions) -> Conditions:
+        """The items of both, as one batch."""
+        absent = None
+        if self.absent is not None and other.absent is not None:
+            absent = torch.cat([self.absent, other.absent])
+        present = tuple(torch.cat(pair) for pair in zip(self.present, other.present, strict=True))
+        return Conditions(present, absent)
 
 
 def velocities(flow: nn.Module, noise: Tensor | SparseVoxels) -> VelocityOf:

@@ -211,10 +211,13 @@ class ImageTo3D:
         with torch.inference_mode():
             photos = [self.photos(prompt, prepare, background_removal) for prompt in prompts]
             clock.lap("photos")
-            conditions = self.conditions(prompts, photos)
-            clock.lap("condition")
             stage = structure or self.structure_settings
-            coords = self.sample_structure(conditions, stage, generators, multi_image, progress)
+            conditions = self.conditions(prompts, photos)
+            mirrored = None
+            if stage.mirror and self.kind == "image":
+                mirrored = self.conditions(prompts, [tuple(p.mirrored() for p in own) for own in photos])
+            clock.lap("condition")
+            coords = self.sample_structure(conditions, stage, generators, multi_image, progress, mirrored)
             clock.lap("structure")
             stage = latent or self.latent_settings
             latents = self.sample_latents(coords, conditions, stage, generators, multi_image, progress)
@@ -289,22 +292,29 @@ class ImageTo3D:
         generators: Sequence[torch.Generator],
         multi_image: str = MULTI_IMAGE_MODES[0],
         progress: Progress | None = None,
+        mirrored: Conditions | None = None,
     ) -> Tensor:
-        """Stage 1: active voxels [N, 4] of each item, whose noise its generator gives. InputError where an item has
-        none.
+        """Stage 1: active voxels [N, 4] of each item, whose noise its generator gives. ``mirrored``: of the mirrored
+        photos, for the mean of both. InputError where an item has no voxel.
         """
         with self.on_device(self.networks.structure_flow) as flow:
             c = flow.config
             noise = torch.cat(
                 [torch.randn(1, c.in_channels, *(c.resolution,) * 3, generator=g) for g in generators]
             ).to(self.device)
+            if mirrored is not None:
+                noise, conditions = torch.cat([noise, noise.flip(2)]), conditions.with_items(mirrored)
             z = sample(
                 velocities(flow, noise), noise, conditions, settings, multi_image, "structure", progress
             )
         if self.structure_normalization is not None:
             z = self.structure_normalization.undo(z)
         with self.on_device(self.networks.structure_decoder) as decoder:
-            coords = active_voxels(decoder(z), settings.threshold)
+            logits = decoder(z)
+        if mirrored is not None:
+            seen, other = logits.chunk(2)
+            logits = (seen + other.flip(2)) / 2
+        coords = active_voxels(logits, settings.threshold)
         counts = torch.bincount(coords[:, 0], minlength=len(generators))
         if int(counts.min()) == 0:
             raise InputError("the structure stage generated no voxel for this input; try another seed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,10 @@ class Photo:
     picture: Tensor
     method: str = "none"
     notes: tuple[str, ...] = ()
+
+    def mirrored(self) -> Photo:
+        """Left and right exchanged: what a mirrored object looks like to a mirrored camera."""
+        return replace(self, picture=self.picture.flip(-1))
 
 
 def prepare(image: Image.Image, framer: Framer, method: str = "auto", *, offline: bool = False) -> Photo:

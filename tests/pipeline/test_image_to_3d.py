@@ -139,6 +139,44 @@ def test_no_photo_is_left_out_where_there_are_fewer_steps_than_photos(tiny, mode
     assert difference(other, same) > 1e-4
 
 
+def test_mirror_is_the_mean_with_the_mirrored_photo_s_structure_mirrored_back(tiny, model):
+    """Written out, from mirrored noise; and each item of a batch is what it is alone."""
+    networks, settings = tiny.networks("smdit"), tiny.SETTINGS
+    flow, nothing = networks["structure_flow"], ImageTokens.none(1, 16)
+    mean, std = (torch.tensor(settings["image_latents"][k])[:, None, None] for k in ("mean", "std"))
+    shift, scale = (
+        torch.tensor(settings["structure_latents"][k])[:, None, None, None] for k in ("mean", "std")
+    )
+    noise = torch.randn(1, 4, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    logits = []
+    with torch.no_grad():
+        for picture, start in (
+            (framed_by_hand(tiny.photo()), noise),
+            (framed_by_hand(tiny.photo()).flip(3), noise.flip(2)),
+        ):
+            image = ImageTokens.from_latents((networks["image_encoder"](picture) - mean) / std, 2)
+            z = euler_by_hand(
+                lambda z, t, yes, image=image: flow(z, t, image if yes else nothing),
+                start,
+                2,
+                1.0,
+                1.5,
+                (0.0, 1.0),
+            )
+            logits.append(networks["structure_decoder"](z * scale + shift)[0, 0])
+    expected = (logits[0] + logits[1].flip(0)) / 2
+    threshold = float(
+        expected.flatten().sort().values[-100:-98].mean()
+    )  # between two cells: a hundred are active
+    stage = StageSettings(2, 1.5, shift=1.0, threshold=threshold, mirror=True)
+    made = model(tiny.photo(), seed=1, structure=stage)
+    assert torch.equal(made.latents.coords[:, 1:].long(), (expected > threshold).nonzero())
+    plain = model(tiny.photo(), seed=1, structure=replace(stage, mirror=False))
+    assert not torch.equal(plain.latents.coords, made.latents.coords)
+    _, again = model.batch([tiny.photo(1), tiny.photo()], [2, 1], structure=stage)
+    assert difference(again, made) < 1e-5
+
+
 def test_the_sampler_that_is_asked_for_runs(tiny, model):
     """In one step, a multistep method is Euler's and Heun's is not; more steps tell all three apart."""
 

@@ -54,8 +54,8 @@ class FlowDataConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How the model is sampled, in validation and by whoever loads its bundle. The fields are those of
-    :class:`diff2to3.pipeline.denoise.StageSettings`.
+    """How the model is sampled, in validation (which does without ``mirror``) and by whoever loads its bundle. The
+    fields are those of :class:`diff2to3.pipeline.denoise.StageSettings`.
     """
 
     sampler: str = "euler"
@@ -64,6 +64,7 @@ class SamplerConfig:
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     shift: float = 3.0
     threshold: float = 0.0
+    mirror: bool = False
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
