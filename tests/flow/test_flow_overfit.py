@@ -1,4 +1,4 @@
-"""Both stages of the mini generator trained on eight assets give each of them back from one picture. Ten minutes."""
+"""Both stages of the mini generator trained on eight assets give each of them back from one picture. Twenty minutes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diff2to3.pipeline import ImageTo3D, StageSettings
 from diff2to3.vae.sparse_structure import active_voxels
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = {"structure": 3000, "latents": 500}
+STEPS = {"structure": 2000, "latents": 500}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
@@ -57,8 +57,8 @@ def model(dataset: Path) -> ImageTo3D:
 
 
 def test_eight_assets_come_back_from_one_picture_each(dataset: Path, model: ImageTo3D) -> None:
-    """In one step, for nothing is left to draw. Thin parts of some of these weapons are already lost in the structure
-    VAE (IoU 0.906 for a bundle of arrows), which is as far as the generator can get.
+    """In one step, for nothing is left to draw. Thin parts of some of these weapons are lost in the structure VAE (IoU
+    0.906 for a bundle of arrows); the dice loss finds latents that decode to them all the same.
     """
     store = AssetStore(dataset, ["views_cond", "views_target", "voxels_32", "structures_mini"])
     assets = store.assets("train")
@@ -76,8 +76,8 @@ def test_eight_assets_come_back_from_one_picture_each(dataset: Path, model: Imag
         drawn = render(made.gaussians, views.viewmats, views.Ks, views.width, views.height, background=1.0)
         score = float(psnr(drawn.colors.clamp(0, 1), views.composite(1.0)).mean())
         print(f"{asset.id}: IoU {iou:.3f} of {voxel_iou(best, truth):.3f}, PSNR {score:.2f} dB")
-        assert iou > voxel_iou(best, truth) - 0.02 and score > 23, asset.id
+        assert iou > 0.95 and score > 25, asset.id
         scores.append((iou, score))
     means = np.mean(scores, 0)
     print(f"mean: IoU {means[0]:.3f}, PSNR {means[1]:.2f} dB")
-    assert means[0] > 0.94 and means[1] > 28
+    assert means[0] > 0.97 and means[1] > 29
