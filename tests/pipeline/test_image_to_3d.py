@@ -157,17 +157,11 @@ def test_mirror_is_the_mean_with_the_mirrored_photo_s_structure_mirrored_back(ti
             image = ImageTokens.from_latents((networks["image_encoder"](picture) - mean) / std, 2)
             z = euler_by_hand(
                 lambda z, t, yes, image=image: flow(z, t, image if yes else nothing),
-                start,
-                2,
-                1.0,
-                1.5,
-                (0.0, 1.0),
-            )
+                start, 2, 1.0, 1.5, (0.0, 1.0),
+            )  # fmt: skip
             logits.append(networks["structure_decoder"](z * scale + shift)[0, 0])
     expected = (logits[0] + logits[1].flip(0)) / 2
-    threshold = float(
-        expected.flatten().sort().values[-100:-98].mean()
-    )  # between two cells: a hundred are active
+    threshold = float(expected.flatten().sort().values[-100:-98].mean())  # between the logits of two cells
     stage = StageSettings(2, 1.5, shift=1.0, threshold=threshold, mirror=True)
     made = model(tiny.photo(), seed=1, structure=stage)
     assert torch.equal(made.latents.coords[:, 1:].long(), (expected > threshold).nonzero())

@@ -130,7 +130,8 @@ class FlowObjective(nn.Module):
         t = torch.cat([draw_times(self.loss.path, 1, g) for g in generators])
         drop = torch.cat([torch.rand(1, generator=g) for g in generators]) < self.loss.image_dropout
         device = image.feats.device
-        t, image = t.to(device), image.drop(drop.to(device))
+        t, drop = t.to(device), drop.to(device)
+        image = image.drop(drop)
         if isinstance(latents, SparseVoxels):
             lengths = latents.cu_seqlens.diff().tolist()
             shapes = [(n, latents.feats.shape[1]) for n in lengths]
@@ -140,7 +141,8 @@ class FlowObjective(nn.Module):
             target, bounds = target_velocity(latents.feats, noise), latents.cu_seqlens
         else:
             noise = torch.stack(draw([tuple(latents.shape[1:])] * len(t), generators)).to(device)
-            noisy = noised(latents, noise, t.reshape(-1, 1, 1, 1, 1))
+            times = t.reshape(-1, 1, 1, 1, 1)
+            noisy = noised(latents, noise, times)
             target, bounds = target_velocity(latents, noise), None
         velocity = predict(self.network, noisy, t, image)
         error = squared_error(velocity, target, bounds)
@@ -148,8 +150,7 @@ class FlowObjective(nn.Module):
             return {"loss": error}
         assert isinstance(noisy, Tensor)
         (wanted,) = batch.occupancy.values()
-        dice = self.occupancy_loss(noisy - t.reshape(-1, 1, 1, 1, 1) * velocity, wanted)
-        dice = torch.where(drop.to(device), 0.0, dice)
+        dice = torch.where(drop, 0.0, self.occupancy_loss(noisy - times * velocity, wanted))
         return {"loss": error + self.loss.dice * dice, "velocity": error, "dice": dice}
 
     def occupancy_loss(self, data: Tensor, wanted: Tensor) -> Tensor:
