@@ -177,6 +177,8 @@ class DataConfig:
     seed         of the cameras
     mirror       splits whose assets also come mirrored in x, as assets of their own: twice the shapes, and views from
                  other cameras, for models that see an image and have to know left from right
+    variants     split -> how many variants of each of its assets, as assets of their own: stretched, recoloured,
+                 every other one mirrored (see diff2to3.data.variants), with half as many views of each set
     stages       in order: "views", "voxels", "features" for all of a kind, or one such as "features_rgb"
     shard_size   assets a shard
     view_sets    name -> views
@@ -191,6 +193,7 @@ class DataConfig:
     filter: FilterConfig = field(default_factory=FilterConfig)
     limits: LimitConfig = field(default_factory=LimitConfig)
     mirror: list[str] = field(default_factory=list)
+    variants: dict[str, int] = field(default_factory=dict)
     stages: list[str] = field(default_factory=lambda: ["views", "voxels", "features"])
     shard_size: int = 64
     render: RenderConfig = field(default_factory=RenderConfig)
@@ -208,6 +211,9 @@ class DataConfig:
         for r in self.resolutions:
             if not 1 <= r <= 256:
                 raise ValueError(f"resolutions: expected numbers from 1 to 256, got {r}")
+        for split, count in self.variants.items():
+            if not 0 <= count <= 1000:
+                raise ValueError(f"variants.{split}: expected a number from 0 to 1000, got {count}")
         for name in self.weights:
             if name not in PROVIDERS:
                 raise ValueError(f"weights: unknown provider {name!r}; known are {', '.join(PROVIDERS)}")

@@ -7,10 +7,8 @@ from functools import cached_property
 from diff2to3.assets.catalogue import AssetFilter, Catalogue, load_asset, open_catalogue, read_ids
 from diff2to3.assets.limits import Limits
 from diff2to3.data.schema import DataConfig
+from diff2to3.data.variants import derive, derived, original
 from diff2to3.types import Mesh
-
-#: What the id of a mirrored asset ends with.
-MIRRORED = "~mirrored"
 
 
 class AssetSource:
@@ -25,8 +23,8 @@ class AssetSource:
         return open_catalogue(self.config.source)
 
     def list(self) -> list[tuple[str, str, str]]:
-        """(id, split, license) of every asset that passes the filters, in the catalogue's order, then of those that
-        come mirrored as well.
+        """(id, split, license) of every asset that passes the filters, in the catalogue's order, then of what
+        is made of them.
         """
         chosen = self.config.filter
         records = AssetFilter(
@@ -39,15 +37,16 @@ class AssetSource:
             limit=chosen.limit,
         ).apply(self.catalogue)
         listed = [(record.id, record.split or "", record.license or "") for record in records]
-        mirrored = [
-            (id + MIRRORED, split, terms) for id, split, terms in listed if split in self.config.mirror
+        config = self.config
+        made = [
+            (new, split, terms)
+            for id, split, terms in listed
+            for new in derived(id, split in config.mirror, config.variants.get(split, 0))
         ]
-        return [*listed, *mirrored]
+        return [*listed, *made]
 
     def load(self, asset_id: str) -> Mesh:
         """The mesh of an asset. Raises InputError, which begins with the id, when it cannot be had."""
         limits = self.config.limits
         bounds = Limits(max_file_bytes=limits.max_file_mib << 20, max_faces=limits.max_faces)
-        name = asset_id.removesuffix(MIRRORED)
-        mesh = load_asset(self.catalogue[name], bounds)
-        return mesh if name == asset_id else mesh.mirrored()
+        return derive(load_asset(self.catalogue[original(asset_id)], bounds), asset_id)

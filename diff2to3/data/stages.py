@@ -30,6 +30,7 @@ from diff2to3.data.schema import DataConfig
 from diff2to3.data.shards import Part
 from diff2to3.data.source import AssetSource
 from diff2to3.data.store import StoredAsset
+from diff2to3.data.variants import is_variant
 from diff2to3.errors import InputError
 from diff2to3.voxels.providers import SURFACE
 
@@ -109,7 +110,10 @@ class ViewStage:
             mesh = self.source.load(asset.id)
         size = self.view_set.size
         generator = generator_for(self.config.seed, asset.id, self.item)
-        viewmats, Ks = sample_cameras(self.view_set.cameras, size, size, generator)
+        cameras = self.view_set.cameras
+        if is_variant(asset.id):  # more shapes teach more than more views of one
+            cameras = replace(cameras, num_views=max(1, cameras.num_views // 2))
+        viewmats, Ks = sample_cameras(cameras, size, size, generator)
         config = replace(self.config.render, outputs=("depths",) if self.view_set.depths else ())
         with clock("render"):
             views = render_views(mesh, viewmats, Ks, size, size, config)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from diff2to3.flow.config import POSITIONS, DiTConfig, LatentDiTConfig, LatentSMDiTConfig, SMDiTConfig
 from diff2to3.flow.dit import LatentDiT, StructureDiT
+from diff2to3.flow.image_tower import SeenImage
 from diff2to3.flow.marope import image_ids
 from diff2to3.flow.samplers import Velocity
 from diff2to3.flow.smdit import LatentSMDiT, StructureSMDiT
@@ -66,6 +67,8 @@ class FlowConfig:
     precondition: bool = False
     absolute: bool = False
     pool_image: bool = False
+    image_blocks: int = 0
+    coarse_resolution: int = 0
     io_channels: list[int] = field(default_factory=lambda: [128])
     num_io_blocks: int = 2
     io_kernel: str = "cube"
@@ -78,7 +81,7 @@ class FlowConfig:
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("precondition", "absolute", "pool_image"):
+        for name in ("precondition", "absolute", "pool_image", "image_blocks", "coarse_resolution"):
             if self.backbone == "dit" and getattr(self, name):
                 raise ValueError(f"{name}: smdit only; dit is the published baseline")
         if self.backbone == "dit" and (self.position != "ape" or self.io_kernel != "cube"):
@@ -107,6 +110,8 @@ class FlowConfig:
             "precondition",
             "absolute",
             "pool_image",
+            "image_blocks",
+            "coarse_resolution",
         ):
             values[name] = getattr(self, name)
         if self.stage == "latents":
@@ -143,22 +148,28 @@ def predict(
     timestep: Tensor,
     image: ImageTokens,
     plan: Any = None,
+    seen: SeenImage | None = None,
 ) -> Tensor:
-    """The velocity, shaped as the latents (or their features). timestep [B] in [0, 1]."""
+    """The velocity, shaped as the latents (or their features). timestep [B] in [0, 1]; ``seen`` from :func:`see`."""
     plan = make_plan(network, latents, image) if plan is None else plan
     if isinstance(network, (StructureDiT, LatentDiT)):
         return network(latents, timestep, dense_condition(image), plan)
-    return network(latents, timestep, image, plan)
+    return network(latents, timestep, image, plan, seen=seen)
+
+
+def see(network: nn.Module, image: ImageTokens) -> SeenImage | None:
+    """What the network makes of the image at any time; None for networks that begin anew at each."""
+    return network.see(image) if isinstance(network, (StructureSMDiT, LatentSMDiT)) else None
 
 
 def velocity_of(network: nn.Module, latents: Tensor | SparseVoxels, image: ImageTokens) -> Velocity:
     """The network as a sampler takes it. ``latents``: the noise (its shape and voxels are what counts)."""
-    plan = make_plan(network, latents, image)
+    plan, seen = make_plan(network, latents, image), see(network, image)
     batch_size = image.batch_size
 
     def velocity(z: Tensor, t: float) -> Tensor:
         now = latents.with_feats(z) if isinstance(latents, SparseVoxels) else z
-        return predict(network, now, torch.full((batch_size,), t, dtype=torch.float64), image, plan)
+        return predict(network, now, torch.full((batch_size,), t, dtype=torch.float64), image, plan, seen)
 
     return velocity
 

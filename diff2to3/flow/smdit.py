@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from diff2to3.flow.blocks import NUM_PARTS, BlockPlan, DoubleStreamBlock, Rows, SingleStreamBlock
 from diff2to3.flow.config import LatentSMDiTConfig, SMDiTConfig
 from diff2to3.flow.dit import to_grid, to_tokens
+from diff2to3.flow.image_tower import CoarseHead, ImageTower, SeenImage
 from diff2to3.flow.marope import image_ids, marope_tables, voxel_ids
 from diff2to3.flow.matching import precondition
 from diff2to3.flow.pyramid import Level, ascend, build_levels, descend, input_blocks, output_blocks
@@ -70,6 +71,8 @@ class SMDiT(nn.Module):
         self.checkpoint_blocks = False
         self.t_embedder = TimestepEmbedder(c.width)
         self.image_layer = nn.Linear(c.image_width, c.width)
+        self.image_blocks = ImageTower(c.image_blocks, c.width, c.num_heads, c.mlp_ratio, c.attention_backend)
+        self.coarse_head = CoarseHead(c.width, c.coarse_resolution) if c.coarse_resolution else None
         if c.pool_image:
             self.image_pool = ImagePool(c.width)
         if c.share_modulation:
@@ -91,7 +94,7 @@ class SMDiT(nn.Module):
             zero_parameters(self.image_pool.out_layer)
 
     def torso_modules(self) -> list[nn.Module]:
-        return [self.double_blocks, self.single_blocks]
+        return [self.image_blocks, self.double_blocks, self.single_blocks]
 
     @property
     def torso_dtype(self) -> torch.dtype:
@@ -117,16 +120,22 @@ class SMDiT(nn.Module):
         of_voxels, of_image, of_both = (Rows(None if single else index) for index in (voxels, rows_i, both))
         return JointTokens(coords, levels, BlockPlan(joint, of_voxels, of_image, of_both, rotary))
 
-    def condition(self, timestep: Tensor, image: ImageTokens) -> tuple[Tensor, Tensor]:
-        """timestep [B] and image tokens → what modulates the blocks [B, D], and the embedded tokens [T, D]."""
+    def see(self, image: ImageTokens) -> SeenImage:
+        """What does not depend on the time: the embedded image tokens, and the shape that they suggest."""
         c = self.config
-        time = self.t_embedder(timestep)
         y = self.image_layer(image.feats.to(self.image_layer.weight.dtype))
         if c.embeds_positions:
             y = y + absolute_position_embedding(image_ids(image, c.grid), c.width).to(y.dtype)
-        if c.pool_image:
-            time = time + self.image_pool(y, image.cu_seqlens)
-        return time, y
+        if c.image_blocks:
+            y = self.image_blocks(y.to(self.torso_dtype), image.cu_seqlens).to(y.dtype)
+        return SeenImage(y, None if self.coarse_head is None else self.coarse_head(y, image))
+
+    def modulators(self, timestep: Tensor, seen: SeenImage, image: ImageTokens) -> Tensor:
+        """timestep [B] and the image → what modulates the blocks [B, D]."""
+        time = self.t_embedder(timestep)
+        if self.config.pool_image:
+            time = time + self.image_pool(seen.tokens, image.cu_seqlens)
+        return time
 
     def run_blocks(
         self, x: Tensor, y: Tensor, time: Tensor, plan: JointTokens, hooks: Hooks | None = None
@@ -166,6 +175,8 @@ class StructureSMDiT(SMDiT):
         volume = config.patch_size**3
         self.input_layer = nn.Linear(config.in_channels * volume, config.width)
         self.out_layer = nn.Linear(config.width, config.out_channels * volume)
+        if config.coarse_resolution:
+            self.coarse_layer = nn.Linear((config.coarse_resolution // config.grid) ** 3, config.width)
         self.initialize(self.out_layer)
 
     def plan(self, image: ImageTokens) -> JointTokens:
@@ -182,17 +193,24 @@ class StructureSMDiT(SMDiT):
         image: ImageTokens,
         plan: JointTokens | None = None,
         hooks: Hooks | None = None,
+        seen: SeenImage | None = None,
     ) -> Tensor:
-        """latents [B, C, r, r, r], timestep [B] in [0, 1] → velocity as latents."""
+        """latents [B, C, r, r, r], timestep [B] in [0, 1] → velocity as latents. ``seen``: ``see(image)``, where it is
+        at hand.
+        """
         c, batch = self.config, latents.shape[0]
         if latents.shape[1:] != (c.in_channels, *(c.resolution,) * 3):
             shape = f"[B, {c.in_channels}, {c.resolution}, {c.resolution}, {c.resolution}]"
             raise ValueError(f"latents: expected {shape}, got {list(latents.shape)}")
         self.check(image, batch)
         plan = plan or self.plan(image)
+        seen = seen or self.see(image)
         x = self.input_layer(to_tokens(latents, c.patch_size)).flatten(0, 1)
-        time, y = self.condition(timestep, image)
-        x = self.run_blocks(x, y, time, plan, hooks).to(latents.dtype)
+        if seen.coarse is not None:
+            likely = to_tokens(seen.coarse.sigmoid()[:, None], c.coarse_resolution // c.grid)
+            x = x + self.coarse_layer(likely).flatten(0, 1)
+        time = self.modulators(timestep, seen, image)
+        x = self.run_blocks(x, seen.tokens, time, plan, hooks).to(latents.dtype)
         x = self.out_layer(final_norm(x)).unflatten(0, (batch, -1))
         output = to_grid(x, c.patch_size, c.grid)
         if not c.precondition:
@@ -220,7 +238,7 @@ class LatentSMDiT(SMDiT):
         self.initialize(self.out_layer)
 
     def torso_modules(self) -> list[nn.Module]:
-        return [self.input_blocks, self.double_blocks, self.single_blocks, self.out_blocks]
+        return [*super().torso_modules(), self.input_blocks, self.out_blocks]
 
     def plan(self, voxels: SparseVoxels, image: ImageTokens) -> JointTokens:
         """For these voxels and images; reusable over all steps."""
@@ -235,18 +253,20 @@ class LatentSMDiT(SMDiT):
         image: ImageTokens,
         plan: JointTokens | None = None,
         hooks: Hooks | None = None,
+        seen: SeenImage | None = None,
     ) -> Tensor:
         """latents [N, C] on voxels, timestep [B] in [0, 1] → velocity [N, C']."""
         self.check(image, latents.batch_size)
         plan = plan or self.plan(latents, image)
-        embedded, y = self.condition(timestep, image)
+        seen = seen or self.see(image)
+        embedded = self.modulators(timestep, seen, image)
         time = embedded.to(self.torso_dtype)
         h = self.input_layer(latents.feats)
         if self.config.absolute:
             h = h + self.cell_embedding(cells(latents.coords, self.config.patch_size))
         h = h.to(self.torso_dtype)
         h, skips = descend(self.input_blocks, h, time, plan.levels)
-        h = self.run_blocks(h, y, embedded, plan, hooks)
+        h = self.run_blocks(h, seen.tokens, embedded, plan, hooks)
         h = ascend(self.out_blocks, h, skips, time, plan.levels, self.config.skip_connection)
         output = self.out_layer(final_norm(h).to(latents.feats.dtype))
         if not self.config.precondition:

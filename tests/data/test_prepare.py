@@ -288,6 +288,27 @@ def test_mirrored_assets_are_assets_of_their_own(tmp_path: Path, prepared: Path,
     torch.testing.assert_close(again.alphas.flip(2), seen.alphas, rtol=0, atol=2e-3)
 
 
+def test_variants_have_half_the_views_and_shapes_of_their_own(
+    tmp_path: Path, prepared: Path, settings: Settings
+) -> None:
+    out = tmp_path / "set"
+    shutil.copytree(prepared, out)
+    for report in prepare(settings(out, variants={"val": 2}), InlineExecutor()):
+        assert not report.failed
+    store = AssetStore(out)
+    by_id = {asset.id: asset for asset in store.assets()}
+    assert list(by_id)[8:] == [f"pack/box-{i}~variant{k}" for i in (3, 7) for k in (1, 2)]
+    before, *after = (by_id[f"pack/box-3{end}"] for end in ("", "~variant1", "~variant2"))
+    for asset in after:
+        mesh = AssetSource(settings(out)).load(asset.id)
+        cells = {tuple(c) for c in voxelise(mesh.triangles, 16).tolist()}
+        assert {tuple(c) for c in store.coords(asset, 16).tolist()} == cells
+    views = [store.info(asset, "views_input")["num_views"] for asset in (before, *after)]
+    assert views[1:] == [views[0] // 2] * 2
+    with pytest.raises(ValueError, match=r"variants\.train: expected a number"):
+        settings(out, variants={"train": -1})
+
+
 def test_a_grown_source_goes_to_new_shards(tmp_path: Path, prepared: Path, settings: Settings) -> None:
     root = tmp_path / "set"
     prepare(settings(root, filter=FilterConfig(limit=4)), InlineExecutor())

@@ -209,6 +209,63 @@ def test_the_dice_loss_is_that_of_what_one_step_to_the_data_decodes_to(dataset, 
     assert float((gradient * direction).sum()) == pytest.approx(slope, rel=0.02)  # dice is summed in float32
 
 
+def test_the_coarse_loss_is_of_what_the_image_alone_suggests(dataset, structure_bundle):
+    """By hand, in float64; and alone it teaches nothing but what comes before image and volume meet."""
+    changes = {"data.bundle": structure_bundle[0], "loss.image_dropout": 0.4, "loss.coarse": 0.6}
+    model = {"model.absolute": True, "model.image_blocks": 1, "model.coarse_resolution": 4}
+    task = task_for(dataset, "structure", **changes, **model)
+    torch.manual_seed(0)
+    objective = task.objective().double()
+    with torch.no_grad():
+        for parameter in objective.network.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape))
+    batch = next(iter(task.loader(0, 0, 1)))
+    out = objective(batch, Randomness(3, 4))
+    for i, asset in enumerate(batch.ids):
+        generator = Randomness(3, 4).generator(asset, "flow")
+        torch.rand(1, generator=generator)
+        without = bool(torch.rand(1, generator=generator) < 0.4)
+        image = objective.image(batch.tensors["tokens_x/*.safetensors"][i]["latents"][None].double())
+        p = objective.network.see(ImageTokens.from_latents(image, 2)).coarse[0].sigmoid()
+        y = torch.tensor(
+            [
+                [
+                    [batch.occupancy[8][i, x : x + 2, y : y + 2, z : z + 2].any() for z in (0, 2, 4, 6)]
+                    for y in (0, 2, 4, 6)
+                ]
+                for x in (0, 2, 4, 6)
+            ]
+        ).double()
+        dice = 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
+        entropy = -(y * p.log() + (1 - y) * (1 - p).log()).mean()
+        assert float(out["coarse"][i]) == pytest.approx(0.0 if without else float(dice + entropy), rel=1e-4)
+    torch.testing.assert_close(out["loss"], out["velocity"] + 0.6 * out["coarse"])
+
+    alone = task_for(dataset, "structure", **changes, **model, **{"loss.coarse_only": True})
+    objective = alone.objective()
+    trained = {name.split(".")[1] for name, p in objective.named_parameters() if p.requires_grad}
+    assert trained == {"image_layer", "image_blocks", "coarse_head"}
+    out = objective(batch, Randomness(3, 4))
+    assert set(out) == {"loss", "coarse"}
+    torch.testing.assert_close(out["loss"], 0.6 * out["coarse"])
+    out["loss"].sum().backward()
+    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
+    assert 0 <= alone.validate(objective)["coarse_iou"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("structure", {"loss.coarse": 1, "data.bundle": "x"}),
+        ("structure", {"loss.coarse": 1, "model.coarse_resolution": 4}),
+        ("structure", {"loss.coarse_only": True}),
+    ],
+)
+def test_the_coarse_loss_needs_a_coarse_grid_and_the_true_one(stage, changes, dataset):
+    with pytest.raises(Exception, match=r"coarse"):
+        task_for(dataset, stage, **changes)
+
+
 @pytest.mark.parametrize(
     ("stage", "changes"), [("structure", {"loss.dice": 1}), ("latents", {"loss.dice": 1, "data.bundle": "x"})]
 )

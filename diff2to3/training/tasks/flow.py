@@ -16,17 +16,24 @@ from diff2to3.config import MISSING, config_to_dict
 from diff2to3.data.encodings import statistics
 from diff2to3.data.loader import LoaderConfig, TrainLoader
 from diff2to3.data.plan import PlannedAsset
-from diff2to3.data.store import AssetStore
+from diff2to3.data.store import AssetStore, occupancy
 from diff2to3.errors import InputError
 from diff2to3.flow.matching import noised, squared_error, target_velocity
-from diff2to3.flow.networks import FlowConfig, build_network, predict, velocity_of
+from diff2to3.flow.networks import FlowConfig, build_network, predict, see, velocity_of
 from diff2to3.flow.samplers import SAMPLERS, guided, timesteps
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
-from diff2to3.training.tasks.flow_objective import FlowLossConfig, FlowObjective, Normalization, Statistics
+from diff2to3.training.tasks.flow_objective import (
+    FlowLossConfig,
+    FlowObjective,
+    Normalization,
+    Statistics,
+    coarsened,
+)
 from diff2to3.training.tasks.flow_pictures import Judge
 from diff2to3.types import SparseVoxels
+from diff2to3.vae.structure_loss import intersection_over_union
 
 #: Times at which validation measures the loss.
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -86,10 +93,12 @@ class FlowRunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        if self.loss.dice and (self.model.stage == "latents" or not self.data.bundle):
+        if self.loss.compares_occupancy and (self.model.stage == "latents" or not self.data.bundle):
             raise ValueError(
-                "loss.dice: needs stage structure, and data.bundle with the decoder of its latents"
+                "loss.dice, loss.coarse: need stage structure, and data.bundle with the decoder of its latents"
             )
+        if self.loss.coarse and not self.model.coarse_resolution:
+            raise ValueError("loss.coarse: needs model.coarse_resolution, of the grid that it compares")
         kind = "latents_" if self.model.stage == "latents" else "structures_"
         if not self.data.latents.startswith(kind) and self.data.latents != MISSING:
             raise ValueError(
@@ -118,21 +127,32 @@ class FlowTask:
             self.judge.decoder if c.loss.dice and self.judge else None,
         )
         objective.image_patch_size = c.model.image_patch_size
+        if c.loss.coarse_only:
+            network: Any = objective.network
+            network.requires_grad_(False)
+            for part in (network.image_layer, network.image_blocks, network.coarse_head):
+                part.requires_grad_(True)
         return objective
 
     def blocks(self, objective: nn.Module) -> list[nn.Module]:
         network: Any = objective.network
         if hasattr(network, "double_blocks"):
-            return [*network.double_blocks, *network.single_blocks]
+            both = [] if self.config.loss.coarse_only else [*network.double_blocks, *network.single_blocks]
+            return [*network.image_blocks, *both]
         return list(network.blocks)
 
     def loader(self, seed: int, rank: int, world_size: int) -> TrainLoader:
         data = self.config.data
-        grids = (
-            [self.config.model.resolution * self.judge.scale] if self.config.loss.dice and self.judge else []
-        )
+        compares = self.config.loss.compares_occupancy and self.judge is not None
+        grids = [self.resolution] if compares else []
         config = replace(data.loader, tensors=self.tensor_names(), occupancy=grids)
         return TrainLoader(data.root, config, seed=seed, rank=rank, world_size=world_size)
+
+    @property
+    def resolution(self) -> int:
+        """Of the voxels that structure latents decode to."""
+        assert self.judge is not None
+        return self.config.model.resolution * self.judge.scale
 
     def tensor_names(self) -> list[str]:
         data, model = self.config.data, self.config.model
@@ -221,6 +241,12 @@ class FlowTask:
         for start in range(0, len(assets), 16):
             chosen = assets[start : start + 16]
             latents, image = self.read(objective, store, chosen)
+            if self.config.loss.coarse:
+                numbers.setdefault("coarse_iou", []).extend(
+                    self.coarse_scores(objective, store, chosen, image)
+                )
+                if self.config.loss.coarse_only:
+                    continue
             for t in VALIDATION_TIMES:
                 numbers.setdefault(f"loss_{t}", []).extend(fixed_loss(objective, latents, image, t))
             if self.judge is not None:
@@ -228,8 +254,21 @@ class FlowTask:
                 for name, values in self.judge.scores(store, chosen, latents, made).items():
                     numbers.setdefault(name, []).extend(values)
         means = {name: sum(values) / len(values) for name, values in numbers.items() if values}
+        if self.config.loss.coarse_only:
+            return means
         means["loss"] = sum(means[f"loss_{t}"] for t in VALIDATION_TIMES) / len(VALIDATION_TIMES)
         return means
+
+    def coarse_scores(
+        self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset], image: ImageTokens
+    ) -> list[float]:
+        """IoU of the coarse grids that are guessed from the images."""
+        seen = see(objective.network, image)
+        assert seen is not None and seen.coarse is not None
+        grids = [occupancy(store.coords(asset, self.resolution), self.resolution) for asset in assets]
+        wanted = coarsened(torch.stack(grids), seen.coarse.shape[-1]).to(seen.coarse.device)
+        values: list[float] = intersection_over_union(seen.coarse, wanted).tolist()
+        return values
 
     def export(self, objective: nn.Module, folder: Path) -> None:
         """The network in float16, what normalises its inputs, and how it is sampled."""

@@ -1,7 +1,8 @@
 """The loss of a flow model on stored latents (P3.3).
 
 batch.tensors ─normalise─▶ z_0, image tokens ─▶ z_t = (1 − t) z_0 + t ε ─network─▶ v ↔ ε − z_0
-    stage structure, with a weight for it:  ẑ_0 = z_t − t v ─decoder─▶ logits ↔ batch.occupancy
+    stage structure, with weights for them:  ẑ_0 = z_t − t v ─decoder─▶ logits ↔ batch.occupancy
+                                             image ─network.see─▶ logits of a coarse grid ↔ batch.occupancy, max-pooled
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from diff2to3.data.encodings import MEMBER
+from diff2to3.flow.image_tower import SeenImage
 from diff2to3.flow.matching import PathConfig, draw_times, noised, squared_error, target_velocity
-from diff2to3.flow.networks import predict
+from diff2to3.flow.networks import predict, see
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.types import SparseVoxels
-from diff2to3.vae.structure_loss import dice_loss
+from diff2to3.vae.structure_loss import cross_entropy, dice_loss
 
 Statistics = dict[str, list[float]]
 
@@ -33,17 +35,32 @@ class FlowLossConfig:
                    mean of several possible latents, which is what the squared error asks for near t = 1, decodes to
                    next to nothing; this asks for the cells that are most likely occupied. Not for items whose image is
                    left out.
+    coarse         the same: weight of the dice loss and cross-entropy of the coarse grid that the network guesses from
+                   the image alone (model.coarse_resolution)
+    coarse_only    only that is learnt, by the layers before image and volume meet; a step takes a fraction of the time.
+                   To begin with; then train.init_from that run, without this
     """
 
     path: PathConfig = field(default_factory=PathConfig)
     image_dropout: float = 0.1
     dice: float = 0.0
+    coarse: float = 0.0
+    coarse_only: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.image_dropout <= 1:
             raise ValueError(f"image_dropout: expected a probability, got {self.image_dropout}")
         if not self.dice >= 0:
             raise ValueError(f"dice: expected a weight of at least 0, got {self.dice}")
+        if not self.coarse >= 0 or (self.coarse_only and not self.coarse):
+            raise ValueError(
+                f"coarse: expected a weight of at least 0 (coarse_only: above 0), got {self.coarse}"
+            )
+
+    @property
+    def compares_occupancy(self) -> bool:
+        """Whether batches need the occupancy grid."""
+        return self.dice > 0 or self.coarse > 0
 
 
 class Normalization(nn.Module):
@@ -126,6 +143,9 @@ class FlowObjective(nn.Module):
 
     def forward(self, batch: Any, randomness: Any) -> dict[str, Tensor]:
         latents, image = self.data(batch.tensors)
+        if self.loss.coarse_only:
+            coarse = self.coarse_loss(see(self.network, image), batch.occupancy)
+            return {"loss": self.loss.coarse * coarse, "coarse": coarse}
         generators = [randomness.generator(i, "flow") for i in batch.ids]
         t = torch.cat([draw_times(self.loss.path, 1, g) for g in generators])
         drop = torch.cat([torch.rand(1, generator=g) for g in generators]) < self.loss.image_dropout
@@ -144,20 +164,40 @@ class FlowObjective(nn.Module):
             times = t.reshape(-1, 1, 1, 1, 1)
             noisy = noised(latents, noise, times)
             target, bounds = target_velocity(latents, noise), None
-        velocity = predict(self.network, noisy, t, image)
-        error = squared_error(velocity, target, bounds)
-        if not self.loss.dice:
-            return {"loss": error}
-        assert isinstance(noisy, Tensor)
-        (wanted,) = batch.occupancy.values()
-        dice = torch.where(drop, 0.0, self.occupancy_loss(noisy - times * velocity, wanted))
-        return {"loss": error + self.loss.dice * dice, "velocity": error, "dice": dice}
+        seen = see(self.network, image)
+        velocity = predict(self.network, noisy, t, image, seen=seen)
+        terms = {"velocity": squared_error(velocity, target, bounds)}
+        if self.loss.dice:
+            assert isinstance(noisy, Tensor)
+            (wanted,) = batch.occupancy.values()
+            terms["dice"] = torch.where(drop, 0.0, self.occupancy_loss(noisy - times * velocity, wanted))
+        if self.loss.coarse:
+            terms["coarse"] = torch.where(drop, 0.0, self.coarse_loss(seen, batch.occupancy))
+        if len(terms) == 1:
+            return {"loss": terms["velocity"]}
+        loss = terms["velocity"] + sum(
+            getattr(self.loss, name) * terms[name] for name in terms if name != "velocity"
+        )
+        return {"loss": loss, **terms}
+
+    def coarse_loss(self, seen: SeenImage | None, occupancy: dict[int, Tensor]) -> Tensor:
+        """Dice loss and cross-entropy [B] of the coarse grid against the occupancy bool [B, R, R, R]."""
+        assert seen is not None and seen.coarse is not None
+        (wanted,) = occupancy.values()
+        pooled = coarsened(wanted, seen.coarse.shape[-1])
+        return dice_loss(seen.coarse, pooled) + cross_entropy(seen.coarse, pooled)
 
     def occupancy_loss(self, data: Tensor, wanted: Tensor) -> Tensor:
         """Dice loss [B] between what normalised latents decode to and occupancy bool [B, R, R, R]."""
         (decoder,) = self.decoders
         assert decoder is not None
         return dice_loss(decoder.to(data.device)(self.latents.invert(data).float())[:, 0], wanted)
+
+
+def coarsened(occupancy: Tensor, resolution: int) -> Tensor:
+    """bool [B, R, R, R] → float32 [B, c, c, c]: 1 where any of a coarse cell's cells is active."""
+    factor = occupancy.shape[-1] // resolution
+    return nn.functional.max_pool3d(occupancy[:, None].float(), factor)[:, 0]
 
 
 def draw(shapes: Sequence[tuple[int, ...]], generators: Sequence[torch.Generator]) -> list[Tensor]:

@@ -1,0 +1,85 @@
+"""What a network makes of the image alone, before image and volume meet: the same at every sampling step.
+
+    image tokens [T, D] ─blocks, within each item─▶ [T, D] ─mean of each of 4 x 4 parts, 2 layers─▶ [B, c, c, c]
+
+The FLUX-like latents of an image say what is where, not what it is. Image tokens are few, so blocks on them alone
+see several times as many images in the same time as blocks on the joint sequence. Not in the paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diff2to3.flow.tokens import ImageTokens
+from diff2to3.nn.sequences import SequencePlan
+from diff2to3.nn.transformer import TransformerBlock, final_norm
+
+#: The picture is read in so many parts along each side.
+PARTS = 4
+
+
+@dataclass(frozen=True)
+class SeenImage:
+    """tokens  [T, D]
+    coarse  logits [B, c, c, c] of a coarse occupancy grid, or None
+    """
+
+    tokens: Tensor
+    coarse: Tensor | None
+
+
+class ImageTower(nn.ModuleList):
+    """Transformer blocks over the image tokens of each item."""
+
+    def __init__(self, num_blocks: int, width: int, num_heads: int, mlp_ratio: float, backend: str) -> None:
+        super().__init__(
+            TransformerBlock(width, num_heads, mlp_ratio, qk_rms_norm=True, backend=backend)
+            for _ in range(num_blocks)
+        )
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        if not len(self):
+            return tokens
+        plan = SequencePlan.from_cu_seqlens(cu_seqlens)
+        for block in self:
+            tokens = block(tokens, plan)
+        return tokens
+
+
+class CoarseHead(nn.Module):
+    """Image tokens → the occupancy of a coarse grid, from the whole picture at once.
+
+    An item without tokens gets the same grid whatever else is in the batch.
+    """
+
+    def __init__(self, width: int, resolution: int) -> None:
+        super().__init__()
+        self.resolution = resolution
+        self.token_layer = nn.Linear(width, width // 2)
+        self.hidden_layer = nn.Linear(PARTS**2 * (width // 2), 3 * width // 2)
+        self.out_layer = nn.Linear(3 * width // 2, resolution**3)
+
+    def forward(self, tokens: Tensor, image: ImageTokens) -> Tensor:
+        """[T, D] → logits [B, c, c, c]."""
+        pooled = mean_by_part(self.token_layer(final_norm(tokens)), image)
+        hidden = nn.functional.silu(self.hidden_layer(pooled.to(self.hidden_layer.weight.dtype)))
+        return self.out_layer(hidden).unflatten(1, (self.resolution,) * 3)
+
+
+def mean_by_part(tokens: Tensor, image: ImageTokens) -> Tensor:
+    """[T, D] → [B, PARTS² D], float32 or better: means over each part of an item's pictures, 0 where nothing is."""
+    rows, columns = (image.indices.long() * PARTS // image.grids.long()).unbind(1)
+    lengths = image.cu_seqlens.diff().long()
+    item = torch.repeat_interleave(torch.arange(image.batch_size, device=tokens.device), lengths)
+    part = (item * PARTS + rows) * PARTS + columns
+    precise = torch.promote_types(tokens.dtype, torch.float32)
+    sums = tokens.new_zeros(image.batch_size * PARTS**2, tokens.shape[1], dtype=precise)
+    counts = torch.bincount(part, minlength=len(sums)).clamp(min=1)
+    return (
+        (sums.index_add(0, part, tokens.to(precise)) / counts[:, None])
+        .unflatten(0, (-1, PARTS**2))
+        .flatten(1)
+    )
