@@ -8,6 +8,7 @@ from diff2to3.assets.catalogue import AssetFilter, Catalogue, load_asset, open_c
 from diff2to3.assets.limits import Limits
 from diff2to3.data.schema import DataConfig
 from diff2to3.data.variants import derive, derived, original
+from diff2to3.errors import InputError
 from diff2to3.types import Mesh
 
 
@@ -24,7 +25,7 @@ class AssetSource:
 
     def list(self) -> list[tuple[str, str, str]]:
         """(id, split, license) of every asset that passes the filters, in the catalogue's order, then of what
-        is made of them.
+        is made of them. Raises InputError for a split that the source has not.
         """
         chosen = self.config.filter
         records = AssetFilter(
@@ -38,6 +39,11 @@ class AssetSource:
         ).apply(self.catalogue)
         listed = [(record.id, record.split or "", record.license or "") for record in records]
         config = self.config
+        known = {record.split for record in self.catalogue}
+        for split in (*config.mirror, *config.variants):
+            if split not in known:
+                names = ", ".join(sorted(name for name in known if name)) or "none"
+                raise InputError(f"mirror, variants: the source has no split {split!r}; its splits are {names}")
         made = [
             (new, split, terms)
             for id, split, terms in listed

@@ -305,6 +305,8 @@ def test_variants_have_half_the_views_and_shapes_of_their_own(
         assert {tuple(c) for c in store.coords(asset, 16).tolist()} == cells
     views = [store.info(asset, "views_input")["num_views"] for asset in (before, *after)]
     assert views[1:] == [views[0] // 2] * 2
+    with pytest.raises(InputError, match=r"no split 'training'; its splits are train, val"):
+        prepare(settings(out, mirror=["training"]), InlineExecutor())
     with pytest.raises(ValueError, match=r"variants\.train: expected a number"):
         settings(out, variants={"train": -1})
 
