@@ -38,11 +38,12 @@ def default_workers() -> int:
 
 
 def check_output(path: Path) -> None:
-    """InputError unless a file can be made at ``path``; leaves nothing there."""
+    """InputError unless a file can be made at ``path``; makes the folders above it, and nothing else."""
     if path.is_dir():
         raise InputError(f"{path}: is a folder; name a file")
     probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:

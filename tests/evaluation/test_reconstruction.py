@@ -227,7 +227,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, said, program, boxes, va
         path = model / "encoder.safetensors"
         path.write_bytes(path.read_bytes()[:-50])
     elif case == "unwritable":
-        out = tmp_path / "missing" / "out.json"
+        (tmp_path / "file").write_text("no folder")
+        out = tmp_path / "file" / "out.json"
     elif case == "out is a folder":
         out = tmp_path
     elif case == "no views":
