@@ -36,6 +36,7 @@ class LoaderConfig:
     """What a batch holds and how large it is.
 
     split                 of the assets; null for all
+    exclude               assets whose ids match this are left out: "*~variant*" for no variants
     features              sets ("taef2", or "taef2.mean" for a mode) to lay side by side as ``Batch.voxels``
     views                 view set -> random views an asset
     view_size             pixels a side that views are shrunk to (a divisor of theirs); null as stored
@@ -51,6 +52,7 @@ class LoaderConfig:
     """
 
     split: str | None = "train"
+    exclude: str | None = None
     features: list[str] = field(default_factory=list)
     views: dict[str, int] = field(default_factory=dict)
     view_size: int | None = None
@@ -329,6 +331,10 @@ def _choose(store: AssetStore, config: LoaderConfig, grid: str) -> tuple[list[Pl
     if not candidates:
         splits = sorted({asset.split for asset in store.plan})
         raise InputError(f"{store.root}: no asset of split {config.split!r} is complete; splits are {splits}")
+    if config.exclude is not None:
+        candidates = [asset for asset in candidates if not fnmatch.fnmatchcase(asset.id, config.exclude)]
+        if not candidates:
+            raise InputError(f"{store.root}: no asset is left without those like {config.exclude!r}")
     largest = config.max_voxels_per_asset or config.max_voxels_per_batch
     sizes = [int(store.info(asset, grid)["num_voxels"]) for asset in candidates]
     kept = [(asset, size) for asset, size in zip(candidates, sizes, strict=True) if 0 < size <= largest]

@@ -43,7 +43,9 @@ class AssetSource:
         for split in (*config.mirror, *config.variants):
             if split not in known:
                 names = ", ".join(sorted(name for name in known if name)) or "none"
-                raise InputError(f"mirror, variants: the source has no split {split!r}; its splits are {names}")
+                raise InputError(
+                    f"mirror, variants: the source has no split {split!r}; its splits are {names}"
+                )
         made = [
             (new, split, terms)
             for id, split, terms in listed

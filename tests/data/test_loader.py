@@ -124,6 +124,8 @@ class TestBatches:
     def test_splits_and_size_limits(self, prepared: Path) -> None:
         loader = TrainLoader(prepared, LoaderConfig(split="val", occupancy=[16], num_workers=0), seed=0)
         assert {a.id for a in loader.assets} == {"pack/box-3", "pack/box-7"}
+        rest = TrainLoader(prepared, LoaderConfig(split=None, exclude="*-[0-5]", num_workers=0), seed=0)
+        assert {a.id for a in rest.assets} == {"pack/box-6", "pack/box-7"}
         sizes = {a.id: AssetStore(prepared).info(a, "voxels_32")["num_voxels"] for a in loader.store.plan}
         limit = sorted(sizes.values())[3]
         few = TrainLoader(
@@ -206,6 +208,7 @@ class TestRefusals:
         "changes, said",
         [
             ({"split": "test"}, r"no asset of split 'test' is complete; splits are \['train', 'val'\]"),
+            ({"exclude": "pack/*"}, r"no asset is left without those like 'pack/\*'"),
             ({"features": ["flux"]}, "no stage features_flux; prepared are features_rgb, features_stats, "),
             ({"tensors": ["latents/z.safetensors"]}, "no stage latents; "),
             ({"max_voxels_per_batch": 5}, "every asset has more than 5 voxels"),
