@@ -58,9 +58,10 @@ class CoarseHead(nn.Module):
     def __init__(self, width: int, resolution: int) -> None:
         super().__init__()
         self.resolution = resolution
-        self.token_layer = nn.Linear(width, width // 2)
-        self.hidden_layer = nn.Linear(PARTS**2 * (width // 2), 3 * width // 2)
-        self.out_layer = nn.Linear(3 * width // 2, resolution**3)
+        narrow, hidden = width // 2, 4 * width // 3
+        self.token_layer = nn.Linear(width, narrow)
+        self.hidden_layer = nn.Linear(PARTS**2 * narrow, hidden)
+        self.out_layer = nn.Linear(hidden, resolution**3)
 
     def forward(self, tokens: Tensor, image: ImageTokens) -> Tensor:
         """[T, D] → logits [B, c, c, c]."""
