@@ -5,7 +5,7 @@ torchrun --nproc-per-node 8 train/flow.py configs/flow/large.yaml data.root=data
 """
 
 from diff2to3.training.run import main
-from diff2to3.training.tasks.flow import FlowRunConfig, FlowTask
+from diff2to3.training.tasks.flow import FlowRunConfig, flow_task
 
 if __name__ == "__main__":
-    raise SystemExit(main(FlowTask, FlowRunConfig))
+    raise SystemExit(main(flow_task, FlowRunConfig))

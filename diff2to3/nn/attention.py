@@ -178,8 +178,19 @@ def bucket_attention(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, scale: flo
     """[num·len_q, H, D] × [num·len_k, H, D] → [num·len_q, H, Dv]."""
     q = q.unflatten(0, (bucket.num, bucket.len_q)).transpose(1, 2)
     k, v = (x.unflatten(0, (bucket.num, bucket.len_k)).transpose(1, 2) for x in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.mask, scale=scale)
+    if q.is_cpu:
+        out = attention_on_cpu(q, k, v, bucket.mask, scale)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.mask, scale=scale)
     return out.transpose(1, 2).flatten(0, 1)
+
+
+def attention_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """torch's, in float32 where it is less: forward and backward of 128 x 16 tokens take a third of the time so."""
+    dtype = v.dtype
+    with torch.autocast("cpu", enabled=False):
+        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).to(dtype)
 
 
 def cut_rows(x: Tensor, cuts: list[tuple[int, int]]) -> list[Tensor]:

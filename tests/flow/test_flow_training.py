@@ -24,7 +24,7 @@ from diff2to3.flow.networks import NETWORKS
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.training.run import main
 from diff2to3.training.task import Randomness
-from diff2to3.training.tasks.flow import FlowRunConfig, FlowTask
+from diff2to3.training.tasks.flow import FlowRunConfig, flow_task
 from diff2to3.vae.config import StructureConfig
 from diff2to3.vae.sparse_structure import StructureDecoder
 
@@ -97,7 +97,7 @@ def arguments(root, stage, out, **changes):
 
 
 def task_for(root, stage, out="unused", **changes):
-    return FlowTask(load_config(FlowRunConfig, None, arguments(root, stage, out, **changes)))
+    return flow_task(load_config(FlowRunConfig, None, arguments(root, stage, out, **changes)))
 
 
 @pytest.mark.parametrize("stage", ["structure", "latents"])
@@ -333,7 +333,7 @@ def test_a_run_trains_validates_and_exports(stage, dataset, tmp_path):
     options = {"train.steps": 60, "train.validate_every": 60, "train.ema": 0.9, "train.lr": 0.01}
     options |= {"sampling.num_steps": 2, "loss.image_dropout": 0.1, "train.log_every": 60}
     assert (
-        main(FlowTask, FlowRunConfig, [str(config), *arguments(dataset, stage, tmp_path / "run", **options)])
+        main(flow_task, FlowRunConfig, [str(config), *arguments(dataset, stage, tmp_path / "run", **options)])
         == 0
     )
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

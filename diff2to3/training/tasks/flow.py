@@ -16,7 +16,7 @@ from diff2to3.config import MISSING, config_to_dict
 from diff2to3.data.encodings import statistics
 from diff2to3.data.loader import LoaderConfig, TrainLoader
 from diff2to3.data.plan import PlannedAsset
-from diff2to3.data.store import AssetStore, occupancy
+from diff2to3.data.store import AssetStore
 from diff2to3.errors import InputError
 from diff2to3.flow.matching import noised, squared_error, target_velocity
 from diff2to3.flow.networks import FlowConfig, build_network, predict, see, velocity_of
@@ -25,11 +25,16 @@ from diff2to3.flow.tokens import ImageTokens
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.flow_objective import (
+    CoarseObjective,
     FlowLossConfig,
     FlowObjective,
     Normalization,
     Statistics,
+    Tensors,
     coarsened,
+    latent_member,
+    token_member,
+    voxel_member,
 )
 from diff2to3.training.tasks.flow_pictures import Judge
 from diff2to3.types import SparseVoxels
@@ -106,8 +111,15 @@ class FlowRunConfig:
             )
 
 
+def flow_task(config: FlowRunConfig) -> FlowTask:
+    """The task of a run: all of the network, or with ``loss.coarse_only`` what sees the image alone."""
+    return CoarseTask(config) if config.loss.coarse_only else FlowTask(config)
+
+
 class FlowTask:
     """See :class:`diff2to3.training.task.Task`."""
+
+    objective_type: type[FlowObjective] = FlowObjective
 
     def __init__(self, config: FlowRunConfig) -> None:
         self.config = config
@@ -116,7 +128,7 @@ class FlowTask:
 
     def objective(self) -> FlowObjective:
         c = self.config
-        objective = FlowObjective(
+        return self.objective_type(
             build_network(c.model),
             c.loss,
             Normalization(self.latent_statistics()),
@@ -124,40 +136,34 @@ class FlowTask:
             c.data.latents,
             c.data.tokens,
             c.model.resolution,
+            c.model.image_patch_size,
             self.judge.decoder if c.loss.dice and self.judge else None,
         )
-        objective.image_patch_size = c.model.image_patch_size
-        if c.loss.coarse_only:
-            network: Any = objective.network
-            network.requires_grad_(False)
-            for part in (network.image_layer, network.image_blocks, network.coarse_head):
-                part.requires_grad_(True)
-        return objective
 
     def blocks(self, objective: nn.Module) -> list[nn.Module]:
         network: Any = objective.network
         if hasattr(network, "double_blocks"):
-            both = [] if self.config.loss.coarse_only else [*network.double_blocks, *network.single_blocks]
-            return [*network.image_blocks, *both]
+            return [*network.image_blocks, *network.double_blocks, *network.single_blocks]
         return list(network.blocks)
 
     def loader(self, seed: int, rank: int, world_size: int) -> TrainLoader:
         data = self.config.data
         compares = self.config.loss.compares_occupancy and self.judge is not None
-        grids = [self.resolution] if compares else []
+        grids = [self.grid_resolution] if compares else []
         config = replace(data.loader, tensors=self.tensor_names(), occupancy=grids)
         return TrainLoader(data.root, config, seed=seed, rank=rank, world_size=world_size)
 
     @property
-    def resolution(self) -> int:
+    def grid_resolution(self) -> int:
         """Of the voxels that structure latents decode to."""
         assert self.judge is not None
-        return self.config.model.resolution * self.judge.scale
+        return self.judge.grid_resolution(self.config.model.resolution)
 
     def tensor_names(self) -> list[str]:
+        """What is read of every asset."""
         data, model = self.config.data, self.config.model
-        grid = [f"voxels_{model.resolution}/coords.safetensors"] if model.stage == "latents" else []
-        return [f"{data.latents}/latents.safetensors", f"{data.tokens}/*.safetensors", *grid]
+        grid = [voxel_member(model.resolution)] if model.stage == "latents" else []
+        return [latent_member(data.latents), token_member(data.tokens), *grid]
 
     def statistics(self, stage: str) -> Statistics:
         """Of every channel over the training split, from what the stage noted."""
@@ -188,22 +194,19 @@ class FlowTask:
         assets = store.assets("val") or store.assets(data.loader.split)
         return store, spread(assets, count)
 
-    def read(self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset]) -> Any:
-        """Normalised latents and the tokens of one view an asset: another view for every asset."""
-        tensors: dict[str, list[dict[str, Tensor]]] = {}
+    def read(self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset]) -> Tensors:
+        """What a batch of these assets has, with one view an asset: another view for every asset."""
+        device = next(objective.parameters()).device
+        tensors: Tensors = {}
         for name in self.tensor_names():
             stage, _, pattern = name.partition("/")
-            items = []
+            tensors[name] = []
             for k, asset in enumerate(assets):
                 stored = store.open(asset, stage)
                 members = sorted(fnmatch.filter(stored.entry.members, pattern))
-                items.append(stored.tensors(members[k * 7 % len(members)]))
-            tensors[name] = items
-        device = next(objective.parameters()).device
-        tensors = {
-            n: [{k: v.to(device) for k, v in i.items()} for i in items] for n, items in tensors.items()
-        }
-        return objective.data(tensors)
+                item = stored.tensors(members[k * 7 % len(members)])
+                tensors[name].append({key: value.to(device) for key, value in item.items()})
+        return tensors
 
     def generate(
         self, objective: FlowObjective, latents: Tensor | SparseVoxels, image: ImageTokens
@@ -229,44 +232,44 @@ class FlowTask:
         if self.judge is None:
             return {}
         store, assets = self.validation(8)
-        latents, image = self.read(objective, store, assets)
+        tensors = self.read(objective, store, assets)
+        latents, image = objective.data(tensors), objective.images(tensors)
         made = self.generate(objective, latents, image)
         return {"generated": self.judge.picture(store, assets, latents, made)}
 
     def validate(self, objective: nn.Module) -> dict[str, float]:
-        """The loss at fixed times and noise, and what the generated objects score."""
+        """Means over the validation's assets."""
         assert isinstance(objective, FlowObjective)
         store, assets = self.validation(self.config.data.validation_assets)
         numbers: dict[str, list[float]] = {}
         for start in range(0, len(assets), 16):
-            chosen = assets[start : start + 16]
-            latents, image = self.read(objective, store, chosen)
-            if self.config.loss.coarse:
-                numbers.setdefault("coarse_iou", []).extend(
-                    self.coarse_scores(objective, store, chosen, image)
-                )
-                if self.config.loss.coarse_only:
-                    continue
-            for t in VALIDATION_TIMES:
-                numbers.setdefault(f"loss_{t}", []).extend(fixed_loss(objective, latents, image, t))
-            if self.judge is not None:
-                made = self.generate(objective, latents, image)
-                for name, values in self.judge.scores(store, chosen, latents, made).items():
-                    numbers.setdefault(name, []).extend(values)
-        means = {name: sum(values) / len(values) for name, values in numbers.items() if values}
-        if self.config.loss.coarse_only:
-            return means
-        means["loss"] = sum(means[f"loss_{t}"] for t in VALIDATION_TIMES) / len(VALIDATION_TIMES)
-        return means
+            for name, values in self.measure(objective, store, assets[start : start + 16]).items():
+                numbers.setdefault(name, []).extend(values)
+        return {name: sum(values) / len(values) for name, values in numbers.items() if values}
+
+    def measure(
+        self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset]
+    ) -> dict[str, list[float]]:
+        """For every asset the loss at fixed times and noise, and what the generated object scores."""
+        tensors = self.read(objective, store, assets)
+        latents, image = objective.data(tensors), objective.images(tensors)
+        numbers = {f"loss_{t}": fixed_loss(objective, latents, image, t) for t in VALIDATION_TIMES}
+        numbers["loss"] = [sum(values) / len(values) for values in zip(*numbers.values(), strict=True)]
+        if self.judge is not None:
+            made = self.generate(objective, latents, image)
+            numbers |= self.judge.scores(store, assets, latents, made)
+        if self.config.loss.coarse:
+            numbers["coarse_iou"] = self.coarse_scores(objective, store, assets, image)
+        return numbers
 
     def coarse_scores(
         self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset], image: ImageTokens
     ) -> list[float]:
         """IoU of the coarse grids that are guessed from the images."""
         seen = see(objective.network, image)
-        assert seen is not None and seen.coarse is not None
-        grids = [occupancy(store.coords(asset, self.resolution), self.resolution) for asset in assets]
-        wanted = coarsened(torch.stack(grids), seen.coarse.shape[-1]).to(seen.coarse.device)
+        assert seen is not None and seen.coarse is not None and self.judge is not None
+        truths = torch.stack(self.judge.truths(store, assets, self.grid_resolution))
+        wanted = coarsened(truths, seen.coarse.shape[-1]).to(seen.coarse.device)
         values: list[float] = intersection_over_union(seen.coarse, wanted).tolist()
         return values
 
@@ -295,6 +298,28 @@ class FlowTask:
         return {
             name: framing[name] for name in ("size", "margin", "background") if framing.get(name) is not None
         }
+
+
+class CoarseTask(FlowTask):
+    """Only what sees the image alone, on the coarse grid that it guesses."""
+
+    objective_type = CoarseObjective
+
+    def blocks(self, objective: nn.Module) -> list[nn.Module]:
+        network: Any = objective.network
+        return list(network.image_blocks)
+
+    def tensor_names(self) -> list[str]:
+        return [token_member(self.config.data.tokens)]
+
+    def samples(self, objective: nn.Module, randomness: Randomness) -> dict[str, Tensor]:
+        return {}
+
+    def measure(
+        self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset]
+    ) -> dict[str, list[float]]:
+        image = objective.images(self.read(objective, store, assets))
+        return {"coarse_iou": self.coarse_scores(objective, store, assets, image)}
 
 
 def spread(assets: list[PlannedAsset], count: int) -> list[PlannedAsset]:

@@ -23,6 +23,8 @@ from diff2to3.types import SparseVoxels
 from diff2to3.vae.structure_loss import cross_entropy, dice_loss
 
 Statistics = dict[str, list[float]]
+#: Of a batch: "stage/member" → one dict of tensors an item.
+Tensors = dict[str, list[dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -101,20 +103,19 @@ class FlowObjective(nn.Module):
         latent_stage: str,
         token_stage: str,
         resolution: int,
+        image_patch_size: int,
         decoder: nn.Module | None = None,
     ) -> None:
         """``resolution``: of the voxels that sparse latents are on. ``decoder``: of structure latents, for the dice
         loss; it is neither trained nor saved.
         """
         super().__init__()
-        if loss.dice and (decoder is None or latent_stage.startswith("latents_")):
-            raise ValueError("loss.dice: needs structure latents and their decoder (data.bundle)")
         self.name = "latent_flow" if latent_stage.startswith("latents_") else "structure_flow"
         self.add_module(self.name, network)  # the name it has in bundles, so that runs can begin with one
         self.loss = loss
         self.latents, self.image = latents, image
         self.latent_stage, self.token_stage, self.resolution = latent_stage, token_stage, resolution
-        self.image_patch_size = 0
+        self.image_patch_size = image_patch_size
         self.decoders = (decoder,)  # in a tuple, so that its weights are not the module's
 
     @property
@@ -125,27 +126,21 @@ class FlowObjective(nn.Module):
     def sparse(self) -> bool:
         return self.latent_stage.startswith("latents_")
 
-    def tensor_names(self) -> list[str]:
-        """What the loader reads."""
-        grid = [f"voxels_{self.resolution}/coords.safetensors"] if self.sparse else []
-        return [f"{self.latent_stage}/{MEMBER}", f"{self.token_stage}/*.safetensors", *grid]
+    def images(self, tensors: Tensors) -> ImageTokens:
+        """Tokens of the normalised image latents of a batch."""
+        images = torch.stack([item["latents"].float() for item in tensors[token_member(self.token_stage)]])
+        return ImageTokens.from_latents(self.image(images), self.image_patch_size)
 
-    def data(self, tensors: dict[str, list[dict[str, Tensor]]]) -> tuple[Tensor | SparseVoxels, ImageTokens]:
-        """Normalised latents and image tokens of a batch as :meth:`tensor_names` were read."""
-        latent_name, token_name, *grids = self.tensor_names()
-        stored = [item["mean"].float() for item in tensors[latent_name]]
-        images = torch.stack([item["latents"].float() for item in tensors[token_name]])
-        image = ImageTokens.from_latents(self.image(images), self.image_patch_size)
-        if not grids:
-            return self.latents(torch.stack(stored)), image
-        feats = self.latents(torch.cat(stored))
-        return voxels_of([item["coords"] for item in tensors[grids[0]]], feats, self.resolution), image
+    def data(self, tensors: Tensors) -> Tensor | SparseVoxels:
+        """Normalised latents of a batch."""
+        stored = [item["mean"].float() for item in tensors[latent_member(self.latent_stage)]]
+        if not self.sparse:
+            return self.latents(torch.stack(stored))
+        coords = [item["coords"] for item in tensors[voxel_member(self.resolution)]]
+        return voxels_of(coords, self.latents(torch.cat(stored)), self.resolution)
 
     def forward(self, batch: Any, randomness: Any) -> dict[str, Tensor]:
-        latents, image = self.data(batch.tensors)
-        if self.loss.coarse_only:
-            coarse = self.coarse_loss(see(self.network, image), batch.occupancy)
-            return {"loss": self.loss.coarse * coarse, "coarse": coarse}
+        latents, image = self.data(batch.tensors), self.images(batch.tensors)
         generators = [randomness.generator(i, "flow") for i in batch.ids]
         t = torch.cat([draw_times(self.loss.path, 1, g) for g in generators])
         drop = torch.cat([torch.rand(1, generator=g) for g in generators]) < self.loss.image_dropout
@@ -166,24 +161,21 @@ class FlowObjective(nn.Module):
             target, bounds = target_velocity(latents, noise), None
         seen = see(self.network, image)
         velocity = predict(self.network, noisy, t, image, seen=seen)
-        terms = {"velocity": squared_error(velocity, target, bounds)}
+        loss = error = squared_error(velocity, target, bounds)
+        terms = {"velocity": error}
         if self.loss.dice:
             assert isinstance(noisy, Tensor)
-            (wanted,) = batch.occupancy.values()
-            terms["dice"] = torch.where(drop, 0.0, self.occupancy_loss(noisy - times * velocity, wanted))
+            dice = self.occupancy_loss(noisy - times * velocity, true_grid(batch))
+            terms["dice"] = torch.where(drop, 0.0, dice)
+            loss = loss + self.loss.dice * terms["dice"]
         if self.loss.coarse:
-            terms["coarse"] = torch.where(drop, 0.0, self.coarse_loss(seen, batch.occupancy))
-        if len(terms) == 1:
-            return {"loss": terms["velocity"]}
-        loss = terms["velocity"] + sum(
-            getattr(self.loss, name) * terms[name] for name in terms if name != "velocity"
-        )
-        return {"loss": loss, **terms}
+            terms["coarse"] = torch.where(drop, 0.0, self.coarse_loss(seen, true_grid(batch)))
+            loss = loss + self.loss.coarse * terms["coarse"]
+        return {"loss": loss, **terms} if len(terms) > 1 else {"loss": loss}
 
-    def coarse_loss(self, seen: SeenImage | None, occupancy: dict[int, Tensor]) -> Tensor:
-        """Dice loss and cross-entropy [B] of the coarse grid against the occupancy bool [B, R, R, R]."""
+    def coarse_loss(self, seen: SeenImage | None, wanted: Tensor) -> Tensor:
+        """Dice loss and cross-entropy [B] of the coarse grid against occupancy bool [B, R, R, R]."""
         assert seen is not None and seen.coarse is not None
-        (wanted,) = occupancy.values()
         pooled = coarsened(wanted, seen.coarse.shape[-1])
         return dice_loss(seen.coarse, pooled) + cross_entropy(seen.coarse, pooled)
 
@@ -192,6 +184,42 @@ class FlowObjective(nn.Module):
         (decoder,) = self.decoders
         assert decoder is not None
         return dice_loss(decoder.to(data.device)(self.latents.invert(data).float())[:, 0], wanted)
+
+
+class CoarseObjective(FlowObjective):
+    """The coarse grid that the network guesses from the image alone, and nothing else: only the layers before image and
+    volume meet are trained, and neither latents nor noise are needed.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        network: Any = self.network
+        network.requires_grad_(False)
+        for part in (network.image_layer, network.image_blocks, network.coarse_head):
+            part.requires_grad_(True)
+
+    def forward(self, batch: Any, randomness: Any) -> dict[str, Tensor]:
+        coarse = self.coarse_loss(see(self.network, self.images(batch.tensors)), true_grid(batch))
+        return {"loss": self.loss.coarse * coarse, "coarse": coarse}
+
+
+def latent_member(stage: str) -> str:
+    """Where a loader finds latents; the next two: the image latents of a random view, the voxels of sparse latents."""
+    return f"{stage}/{MEMBER}"
+
+
+def token_member(stage: str) -> str:
+    return f"{stage}/*.safetensors"
+
+
+def voxel_member(resolution: int) -> str:
+    return f"voxels_{resolution}/coords.safetensors"
+
+
+def true_grid(batch: Any) -> Tensor:
+    """The one occupancy grid that a batch has: bool [B, R, R, R]."""
+    (grid,) = batch.occupancy.values()
+    return grid
 
 
 def coarsened(occupancy: Tensor, resolution: int) -> Tensor:

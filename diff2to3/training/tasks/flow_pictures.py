@@ -48,9 +48,15 @@ class Judge:
         if stage == "structure":
             self.scale = 2 ** (len(entry.config["channels"]) - 1) * int(entry.config.get("fold", 1))
 
+    def grid_resolution(self, resolution: int) -> int:
+        """Of the grid that latents on one of ``resolution`` decode to."""
+        return resolution * self.scale
+
     def stages(self, resolution: int) -> list[str]:
         """What a store needs for the truth about latents on a grid of ``resolution``."""
-        return [f"voxels_{resolution * self.scale}"] if self.stage == "structure" else ["views_target"]
+        return (
+            [f"voxels_{self.grid_resolution(resolution)}"] if self.stage == "structure" else ["views_target"]
+        )
 
     def occupied(self, latents: Tensor) -> Tensor:
         """Dense latents → bool [B, R, R, R]."""
@@ -65,7 +71,8 @@ class Judge:
         """Structure: IoU of occupied cells. Latents: PSNR of renderings of the true voxels."""
         if not isinstance(latents, SparseVoxels):
             grids = self.occupied(made).cpu()
-            return {"iou": [iou(g, t) for g, t in zip(grids, self.truths(store, assets, grids), strict=True)]}
+            truths = self.truths(store, assets, grids.shape[-1])
+            return {"iou": [iou(g, t) for g, t in zip(grids, truths, strict=True)]}
         values = []
         for asset, gaussians in zip(assets, self.objects(latents.with_feats(made)), strict=True):
             views = store.views(asset, "target", SCORED_VIEWS).to(made.device)
@@ -73,9 +80,9 @@ class Judge:
             values.append(float(psnr(drawn.colors.clamp(0, 1), views.composite(1.0)).mean()))
         return {"psnr": values}
 
-    def truths(self, store: AssetStore, assets: list[PlannedAsset], grids: Tensor) -> list[Tensor]:
-        r = int(grids.shape[-1])
-        return [occupancy(store.coords(asset, r), r) for asset in assets]
+    def truths(self, store: AssetStore, assets: list[PlannedAsset], resolution: int) -> list[Tensor]:
+        """Occupancy bool [R, R, R] of every asset."""
+        return [occupancy(store.coords(asset, resolution), resolution) for asset in assets]
 
     def picture(
         self, store: AssetStore, assets: list[PlannedAsset], latents: Tensor | SparseVoxels, made: Tensor
@@ -84,7 +91,7 @@ class Judge:
         columns = []
         if not isinstance(latents, SparseVoxels):
             grids = self.occupied(made).cpu()
-            for grid, truth in zip(grids, self.truths(store, assets, grids), strict=True):
+            for grid, truth in zip(grids, self.truths(store, assets, grids.shape[-1]), strict=True):
                 columns.append(torch.cat([shade(truth), shade(grid)]))
             return torch.cat(columns, 1)
         for asset, gaussians in zip(assets, self.objects(latents.with_feats(made)), strict=True):
