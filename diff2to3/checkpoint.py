@@ -213,10 +213,15 @@ def merge_bundles(
                 f"{origins[name] / MODEL_FILE}: file {entry.file!r} is also that of another network"
             )
     chosen = kind or _merged_kind([info.kind for info in infos], set(entries))
-    licenses = dict.fromkeys(info.license for info in infos if info.license)
-    origin = dict.fromkeys(info.source for info in infos if info.source)
-    merged = BundleInfo(chosen, entries, settings, " AND ".join(licenses), "; ".join(origin))
+    licenses = _joined(" AND ", [info.license for info in infos])
+    origin = _joined("; ", [info.source for info in infos])
+    merged = BundleInfo(chosen, entries, settings, licenses, origin)
     return merged, tensors
+
+
+def _joined(separator: str, texts: Sequence[str]) -> str:
+    """As one text, with what several of them name (merged bundles are merged again) only once."""
+    return separator.join(dict.fromkeys(part for text in texts for part in text.split(separator) if part))
 
 
 def _same(value: Any, other: Any) -> bool:

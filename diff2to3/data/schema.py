@@ -178,7 +178,7 @@ class DataConfig:
     mirror       splits whose assets also come mirrored in x, as assets of their own: twice the shapes, and views from
                  other cameras, for models that see an image and have to know left from right
     variants     split -> how many variants of each of its assets, as assets of their own: stretched, recoloured,
-                 every other one mirrored (see diff2to3.data.variants), with half as many views of each set
+                 a random half of them mirrored (see diff2to3.data.variants), with half as many views of each set
     stages       in order: "views", "voxels", "features" for all of a kind, or one such as "features_rgb"
     shard_size   assets a shard
     view_sets    name -> views

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 from diff2to3.assets.catalogue import AssetFilter, Catalogue, load_asset, open_catalogue, read_ids
@@ -39,19 +40,23 @@ class AssetSource:
         ).apply(self.catalogue)
         listed = [(record.id, record.split or "", record.license or "") for record in records]
         config = self.config
-        known = {record.split for record in self.catalogue}
-        for split in (*config.mirror, *config.variants):
-            if split not in known:
-                names = ", ".join(sorted(name for name in known if name)) or "none"
-                raise InputError(
-                    f"mirror, variants: the source has no split {split!r}; its splits are {names}"
-                )
+        self.check_splits([*config.mirror, *config.variants])
         made = [
             (new, split, terms)
             for id, split, terms in listed
             for new in derived(id, split in config.mirror, config.variants.get(split, 0))
         ]
         return [*listed, *made]
+
+    def check_splits(self, splits: Sequence[str]) -> None:
+        """Raises InputError for one that no asset of the source is in."""
+        known = {record.split for record in self.catalogue} if splits else set()
+        for split in splits:
+            if split not in known:
+                names = ", ".join(sorted(name for name in known if name)) or "none"
+                raise InputError(
+                    f"mirror, variants: the source has no split {split!r}; its splits are {names}"
+                )
 
     def load(self, asset_id: str) -> Mesh:
         """The mesh of an asset. Raises InputError, which begins with the id, when it cannot be had."""

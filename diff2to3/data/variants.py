@@ -22,7 +22,7 @@ MIRRORED = "~mirrored"
 VARIANT = "~variant"
 #: Longest axis over shortest, at most, of the box that a cube becomes.
 MAX_STRETCH = 1.8
-_SUFFIX = re.compile(f"({MIRRORED}|{VARIANT}[0-9]+)$")
+_VARIANT_SUFFIX = re.compile(f"{VARIANT}[0-9]+$")
 
 
 def derived(asset_id: str, mirrored: bool, variants: int) -> list[str]:
@@ -32,12 +32,12 @@ def derived(asset_id: str, mirrored: bool, variants: int) -> list[str]:
 
 def original(asset_id: str) -> str:
     """The id of the asset that ``asset_id`` is made of: its own, where it is no variant."""
-    return _SUFFIX.sub("", asset_id)
+    return _VARIANT_SUFFIX.sub("", asset_id.removesuffix(MIRRORED))
 
 
 def is_variant(asset_id: str) -> bool:
     """Whether it is stretched and recoloured (a mirrored asset is not)."""
-    return asset_id != original(asset_id) and not asset_id.endswith(MIRRORED)
+    return _VARIANT_SUFFIX.search(asset_id) is not None
 
 
 def derive(mesh: Mesh, asset_id: str) -> Mesh:

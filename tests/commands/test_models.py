@@ -59,6 +59,9 @@ def test_networks_and_settings_of_all(parts, tmp_path, capsys):
         "latent_flow": 5,
     }
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "model"]
+    assert main(["models", "merge", str(out), parts[2], "-o", str(out), "--replace"]) == 0
+    again = read_bundle(out)
+    assert (again.source, again.license) == (info.source, info.license)  # each named once
 
 
 def test_parts_are_not_called_a_generator(parts, tmp_path):
