@@ -18,14 +18,19 @@ from diff2to3.checkpoint import (
 )
 from diff2to3.config import config_from_dict, config_to_dict, load_config
 from diff2to3.data.encodings import moments
+from diff2to3.data.pictures import encode_image
 from diff2to3.data.plan import PlannedAsset, asset_key, write_plan
 from diff2to3.data.shards import Part, assemble, part_path, write_part
 from diff2to3.flow.networks import NETWORKS
 from diff2to3.flow.tokens import ImageTokens
+from diff2to3.gaussians.render import render
+from diff2to3.metrics.image import ssim
 from diff2to3.training.run import main
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.flow import FlowRunConfig, flow_task
-from diff2to3.vae.config import StructureConfig
+from diff2to3.types import SparseVoxels
+from diff2to3.vae.config import DecoderConfig, GaussianConfig, StructureConfig
+from diff2to3.vae.decoder import Decoder
 from diff2to3.vae.sparse_structure import StructureDecoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,7 +41,7 @@ VIEWS = 3
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Six assets of 8³ voxels with random latents, occupancy latents and image latents of three views."""
+    """Six assets of 8³ voxels with random latents, occupancy latents, image latents of three views, and one view."""
     root = tmp_path_factory.mktemp("flow-data")
     generator = torch.Generator().manual_seed(7)
     plan = [PlannedAsset(0, asset_key(f"a{i}"), f"a{i}", "val" if i == 5 else "train") for i in range(6)]
@@ -46,7 +51,11 @@ def dataset(tmp_path_factory):
         "latents_x": [],
         "structures_x": [],
         "tokens_x": [],
+        "views_target": [],
     }
+    viewmat, K = torch.eye(4), torch.tensor([[24.0, 0, 12], [0, 24, 12], [0, 0, 1]])
+    viewmat[2, 3] = 1.5
+    cameras = save_tensors({"viewmats": viewmat[None], "Ks": K[None]})
     for i in range(6):
         cells = torch.randperm(512, generator=generator)[: 20 + 10 * i].sort().values
         coords = torch.stack([cells // 64, cells // 8 % 8, cells % 8], 1).to(torch.uint8)
@@ -63,12 +72,17 @@ def dataset(tmp_path_factory):
             ({"latents.safetensors": {"mean": dense}}, moments(dense.flatten(1).T))
         )
         members["tokens_x"].append((images, {"num_views": VIEWS, **moments(rows)}))
+        picture = encode_image(torch.rand(24, 24, 3, generator=generator), torch.ones(24, 24))
+        members["views_target"].append(
+            ({"000.webp": picture, "cameras.safetensors": cameras}, {"num_views": 1})
+        )
     for stage, items in members.items():
         (root / stage).mkdir()
         settings = {"size": 64, "margin": 1.2, "background": 0.5} if stage == "tokens_x" else {}
         (root / stage / "settings.json").write_text(json.dumps(settings))
         for asset, (files, info) in zip(plan, items, strict=True):
-            part = Part({name: save_tensors(tensors) for name, tensors in files.items()}, info)
+            stored = {n: x if isinstance(x, bytes) else save_tensors(x) for n, x in files.items()}
+            part = Part(stored, info)
             write_part(part_path(root, stage, 0, asset.key), asset.key, part, "s")
         assemble(root, stage, 0, [(a.id, a.key, "s") for a in plan])
     return root
@@ -131,8 +145,6 @@ def test_the_objective_is_the_formula_on_normalised_latents(stage, dataset):
             data = (stored - mean) / std
             coords = batch.tensors[task.tensor_names()[2]][i]["coords"]
             packed = torch.nn.functional.pad(coords.int(), (1, 0))
-            from diff2to3.types import SparseVoxels
-
             z = SparseVoxels.from_coords(packed, (1 - t) * data + t * noise, 8)
         velocity = objective.network(z, t, image)
         velocity = velocity[0] if stage == "structure" else velocity
@@ -272,6 +284,91 @@ def test_the_coarse_loss_needs_a_coarse_grid_and_the_true_one(stage, changes, da
 def test_the_dice_loss_needs_structure_latents_and_their_decoder(stage, changes, dataset):
     with pytest.raises(Exception, match=r"loss\.dice"):
         task_for(dataset, stage, **changes)
+
+
+@pytest.fixture(scope="module")
+def decoder_bundle(tmp_path_factory):
+    """A random decoder from latents on 8³ cells to two Gaussians each."""
+    gaussians = GaussianConfig(per_voxel=2, opacity_bias=0.5, scale_bias=0.03)
+    config = DecoderConfig(
+        resolution=8, latent_channels=4, width=16, num_blocks=1, num_heads=2, window=4, gaussians=gaussians
+    )
+    torch.manual_seed(5)
+    decoder = Decoder(config)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    folder = tmp_path_factory.mktemp("decoder-bundle")
+    entry = NetworkEntry("Decoder", config_to_dict(config), "decoder.safetensors")
+    info = BundleInfo("vae", {"decoder": entry}, {}, license="MIT", source="test")
+    save_bundle(folder, info, {"decoder": decoder.state_dict()})
+    return folder, decoder
+
+
+def test_the_render_loss_is_of_what_one_step_to_the_data_looks_like(dataset, decoder_bundle):
+    """By hand, an item at a time, with another SSIM; and its gradient (decoder and rasterizer have their own tests)."""
+    folder, decoder = decoder_bundle
+    changes = {
+        "loss.render.weight": 0.7, "loss.render.l2": 3.0, "loss.image_dropout": 0.4, "data.bundle": folder,
+        "data.loader.views": "{target: 1}",
+    }  # fmt: skip
+    task = task_for(dataset, "latents", **changes)
+    torch.manual_seed(0)
+    objective = task.objective()
+    assert not any("decoder" in name for name in objective.state_dict())
+    with torch.no_grad():
+        for parameter in objective.network.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape))
+    batch = next(iter(task.loader(0, 0, 1)))
+    out = objective(batch, Randomness(3, 4))
+    dropped, by_hand = 0, []
+    for i, asset in enumerate(batch.ids):
+        generator = Randomness(3, 4).generator(asset, "flow")
+        t = torch.rand(1, generator=generator)
+        without = bool(torch.rand(1, generator=generator) < 0.4)
+        dropped += without
+        stored = batch.tensors["latents_x/latents.safetensors"][i]["mean"]
+        noise = torch.randn(stored.shape, generator=generator)
+        data = (stored - objective.latents.mean) / objective.latents.std
+        z = (1 - t) * data + t * noise
+        image = objective.image(batch.tensors["tokens_x/*.safetensors"][i]["latents"][None])
+        tokens = ImageTokens.none(1, 12) if without else ImageTokens.from_latents(image, 2)
+        coords = batch.tensors["voxels_8/coords.safetensors"][i]["coords"].int()
+        voxels = SparseVoxels.from_coords(torch.nn.functional.pad(coords, (1, 0)), z, 8)
+        velocity = objective.network(voxels, t, tokens)
+        made = (z - t * velocity) * objective.latents.std + objective.latents.mean
+        (gaussians,) = decoder(voxels.with_feats(made))
+        color = torch.rand(3, generator=Randomness(3, 4).generator(asset, "background"))
+        view = batch.views["target"].select([i])
+        drawn = render(gaussians, view.viewmats, view.Ks, 24, 24, background=color).colors
+        error = drawn - view.images
+        assert (
+            0.02 < float(error.abs().mean()) and float((drawn - color).abs().max()) > 0.1
+        )  # something is drawn
+        expected = (
+            error.abs().mean() + 3 * error.square().mean() + 0.2 * (1 - ssim(drawn, view.images).mean())
+        )
+        by_hand.append(expected.float() * (not without))
+        assert float(out["render"][i]) == pytest.approx(float(by_hand[-1]), rel=1e-3)
+    assert 0 < dropped < 3  # both cases were seen
+    torch.testing.assert_close(out["loss"], out["velocity"] + 0.7 * out["render"])
+    weight = objective.network.out_layer.weight
+    (gradient,) = torch.autograd.grad(out["render"].sum(), weight)
+    (wanted,) = torch.autograd.grad(sum(by_hand), weight)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("structure", {"data.bundle": "x", "data.loader.views": "{target: 1}"}),
+        ("latents", {"data.loader.views": "{target: 1}"}),
+        ("latents", {"data.bundle": "x"}),
+        ("latents", {"data.bundle": "x", "data.loader.views": "{target: 1}", "loss.render.l1": -1}),
+    ],
+)
+def test_the_render_loss_needs_latents_their_decoder_and_views(stage, changes, dataset):
+    with pytest.raises(Exception, match=r"render"):
+        task_for(dataset, stage, **changes, **{"loss.render.weight": 1})
 
 
 def test_statistics_are_of_the_training_split(dataset):

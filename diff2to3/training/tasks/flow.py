@@ -102,6 +102,13 @@ class FlowRunConfig:
             raise ValueError(
                 "loss.dice, loss.coarse: need stage structure, and data.bundle with the decoder of its latents"
             )
+        render = self.loss.render
+        if render.weight and (self.model.stage == "structure" or not self.data.bundle):
+            raise ValueError(
+                "loss.render: needs stage latents, and data.bundle with the decoder of its latents"
+            )
+        if render.weight and render.view_set not in self.data.loader.views:
+            raise ValueError(f"loss.render: needs data.loader.views with {render.view_set!r} among them")
         if self.loss.coarse and not self.model.coarse_resolution:
             raise ValueError("loss.coarse: needs model.coarse_resolution, of the grid that it compares")
         kind = "latents_" if self.model.stage == "latents" else "structures_"
@@ -137,7 +144,7 @@ class FlowTask:
             c.data.tokens,
             c.model.resolution,
             c.model.image_patch_size,
-            self.judge.decoder if c.loss.dice and self.judge else None,
+            self.judge.decoder if c.loss.decodes and self.judge else None,
         )
 
     def blocks(self, objective: nn.Module) -> list[nn.Module]:

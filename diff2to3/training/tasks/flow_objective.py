@@ -3,6 +3,7 @@
 batch.tensors ─normalise─▶ z_0, image tokens ─▶ z_t = (1 − t) z_0 + t ε ─network─▶ v ↔ ε − z_0
     stage structure, with weights for them:  ẑ_0 = z_t − t v ─decoder─▶ logits ↔ batch.occupancy
                                              image ─network.see─▶ logits of a coarse grid ↔ batch.occupancy, max-pooled
+    stage latents:                           ẑ_0 ─decoder─▶ Gaussians ─▶ renderings ↔ batch.views
 """
 
 from __future__ import annotations
@@ -19,12 +20,36 @@ from diff2to3.flow.image_tower import SeenImage
 from diff2to3.flow.matching import PathConfig, draw_times, noised, squared_error, target_velocity
 from diff2to3.flow.networks import predict, see
 from diff2to3.flow.tokens import ImageTokens
+from diff2to3.gaussians.render import render
+from diff2to3.training.tasks.vae_objective import dissimilarity, of_asset, random_backgrounds
 from diff2to3.types import SparseVoxels
+from diff2to3.vae.losses import l1, l2
 from diff2to3.vae.structure_loss import cross_entropy, dice_loss
 
 Statistics = dict[str, list[float]]
 #: Of a batch: "stage/member" → one dict of tensors an item.
 Tensors = dict[str, list[dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class RenderLossConfig:
+    """Stage latents: how renderings of what the predicted latents decode to are compared with ``view_set``.
+
+    weight  of all of it; 0 for none. The velocity's error counts every latent channel of every voxel alike; this
+            counts what is seen. Not for items whose image is left out
+    l1, l2, ssim  weights of the terms; ssim weighs 1 - SSIM. L1 and SSIM are the autoencoder's (P3.3)
+    """
+
+    weight: float = 0.0
+    l1: float = 1.0
+    l2: float = 0.0
+    ssim: float = 0.2
+    view_set: str = "target"
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "l1", "l2", "ssim"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"render.{name}: expected a weight of at least 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -41,6 +66,7 @@ class FlowLossConfig:
                    the image alone (model.coarse_resolution)
     coarse_only    only that is learnt, by the layers before image and volume meet; a step takes a fraction of the time.
                    To begin with; then train.init_from that run, without this
+    render         see :class:`RenderLossConfig`
     """
 
     path: PathConfig = field(default_factory=PathConfig)
@@ -48,6 +74,7 @@ class FlowLossConfig:
     dice: float = 0.0
     coarse: float = 0.0
     coarse_only: bool = False
+    render: RenderLossConfig = field(default_factory=RenderLossConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.image_dropout <= 1:
@@ -58,6 +85,11 @@ class FlowLossConfig:
             raise ValueError(
                 f"coarse: expected a weight of at least 0 (coarse_only: above 0), got {self.coarse}"
             )
+
+    @property
+    def decodes(self) -> bool:
+        """Whether predicted latents are decoded."""
+        return self.dice > 0 or self.render.weight > 0
 
     @property
     def compares_occupancy(self) -> bool:
@@ -106,8 +138,8 @@ class FlowObjective(nn.Module):
         image_patch_size: int,
         decoder: nn.Module | None = None,
     ) -> None:
-        """``resolution``: of the voxels that sparse latents are on. ``decoder``: of structure latents, for the dice
-        loss; it is neither trained nor saved.
+        """``resolution``: of the voxels that sparse latents are on. ``decoder``: of the latents, for the losses on what
+        they decode to; it is neither trained nor saved.
         """
         super().__init__()
         self.name = "latent_flow" if latent_stage.startswith("latents_") else "structure_flow"
@@ -171,6 +203,11 @@ class FlowObjective(nn.Module):
         if self.loss.coarse:
             terms["coarse"] = torch.where(drop, 0.0, self.coarse_loss(seen, true_grid(batch)))
             loss = loss + self.loss.coarse * terms["coarse"]
+        if self.loss.render.weight:
+            assert isinstance(noisy, SparseVoxels)
+            made = noisy.with_feats(noisy.feats - times * velocity)
+            terms["render"] = torch.where(drop, 0.0, self.render_loss(made, batch, randomness))
+            loss = loss + self.loss.render.weight * terms["render"]
         return {"loss": loss, **terms} if len(terms) > 1 else {"loss": loss}
 
     def coarse_loss(self, seen: SeenImage | None, wanted: Tensor) -> Tensor:
@@ -184,6 +221,25 @@ class FlowObjective(nn.Module):
         (decoder,) = self.decoders
         assert decoder is not None
         return dice_loss(decoder.to(data.device)(self.latents.invert(data).float())[:, 0], wanted)
+
+    def render_loss(self, data: SparseVoxels, batch: Any, randomness: Any) -> Tensor:
+        """Difference [B] between the batch's views and renderings of what normalised latents decode to."""
+        (decoder,) = self.decoders
+        assert decoder is not None
+        c = self.loss.render
+        views = batch.views[c.view_set]
+        backgrounds = random_backgrounds(batch.ids, randomness).to(views.images)
+        objects = decoder.to(data.feats.device)(data.with_feats(self.latents.invert(data.feats).float()))
+        values = []
+        for b, gaussians in enumerate(objects):
+            own = of_asset(views, b, len(views) // len(batch.ids))
+            with torch.autocast(own.images.device.type, enabled=False):
+                cameras = (own.viewmats, own.Ks, own.width, own.height)
+                drawn = render(gaussians.to(dtype=torch.float32), *cameras, background=backgrounds[b]).colors
+                target = own.composite(backgrounds[b])
+                error = c.l1 * l1(drawn, target).mean() + c.l2 * l2(drawn, target).mean()
+                values.append(error + c.ssim * dissimilarity(drawn, target, own.alphas))
+        return torch.stack(values)
 
 
 class CoarseObjective(FlowObjective):

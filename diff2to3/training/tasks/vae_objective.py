@@ -5,6 +5,7 @@ batch.voxels ─▶ encoder ─▶ posterior ─▶ latents ─▶ decoder ─�
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,11 +81,9 @@ class VaeObjective(nn.Module):
         views = batch.views[self.view_set]
         views = shrink(views, self.size_at(batch.step) or views.width)
         per_asset = len(views) // len(batch.ids)
-        backgrounds = torch.stack(
-            [torch.rand(3, generator=randomness.generator(i, "background")) for i in batch.ids]
-        ).to(views.images)
+        backgrounds = random_backgrounds(batch.ids, randomness).to(views.images)
         terms = [
-            self.object_losses(g, views.select(range(b * per_asset, (b + 1) * per_asset)), backgrounds[b])
+            self.object_losses(g, of_asset(views, b, per_asset), backgrounds[b])
             for b, g in enumerate(objects)
         ]
         out = {name: torch.stack([t[name] for t in terms]) for name in terms[0]}
@@ -134,6 +133,16 @@ class VaeObjective(nn.Module):
             if step >= start:
                 current = size
         return current
+
+
+def of_asset(views: Views, index: int, per_asset: int) -> Views:
+    """The views of one asset of a batch."""
+    return views.select(range(index * per_asset, (index + 1) * per_asset))
+
+
+def random_backgrounds(ids: Sequence[str], randomness: Any) -> Tensor:
+    """A colour [B, 3] for each asset, so that what is transparent cannot pass for white."""
+    return torch.stack([torch.rand(3, generator=randomness.generator(i, "background")) for i in ids])
 
 
 def dissimilarity(images: Tensor, targets: Tensor, alphas: Tensor) -> Tensor:
