@@ -21,6 +21,7 @@ from diff2to3.flow.matching import PathConfig, draw_times, noised, squared_error
 from diff2to3.flow.networks import predict, see
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.gaussians.render import render
+from diff2to3.training.tasks.flow_augment import AugmentConfig, augmented
 from diff2to3.training.tasks.vae_objective import dissimilarity, of_asset, random_backgrounds
 from diff2to3.types import SparseVoxels
 from diff2to3.vae.losses import l1, l2
@@ -67,6 +68,7 @@ class FlowLossConfig:
     coarse_only    only that is learnt, by the layers before image and volume meet; a step takes a fraction of the time.
                    To begin with; then train.init_from that run, without this
     render         see :class:`RenderLossConfig`
+    augment        random changes of the images; see :class:`AugmentConfig`
     """
 
     path: PathConfig = field(default_factory=PathConfig)
@@ -75,6 +77,7 @@ class FlowLossConfig:
     coarse: float = 0.0
     coarse_only: bool = False
     render: RenderLossConfig = field(default_factory=RenderLossConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.image_dropout <= 1:
@@ -158,10 +161,16 @@ class FlowObjective(nn.Module):
     def sparse(self) -> bool:
         return self.latent_stage.startswith("latents_")
 
-    def images(self, tensors: Tensors) -> ImageTokens:
-        """Tokens of the normalised image latents of a batch."""
+    def images(self, tensors: Tensors, generators: Sequence[torch.Generator] | None = None) -> ImageTokens:
+        """Tokens of the normalised image latents of a batch; with an item's generator each, augmented."""
         images = torch.stack([item["latents"].float() for item in tensors[token_member(self.token_stage)]])
-        return ImageTokens.from_latents(self.image(images), self.image_patch_size)
+        images = self.image(images)
+        if generators is not None:
+            images = augmented(images, self.loss.augment, generators)
+        return ImageTokens.from_latents(images, self.image_patch_size)
+
+    def training_images(self, batch: Any, randomness: Any) -> ImageTokens:
+        return self.images(batch.tensors, [randomness.generator(i, "augment") for i in batch.ids])
 
     def data(self, tensors: Tensors) -> Tensor | SparseVoxels:
         """Normalised latents of a batch."""
@@ -172,7 +181,7 @@ class FlowObjective(nn.Module):
         return voxels_of(coords, self.latents(torch.cat(stored)), self.resolution)
 
     def forward(self, batch: Any, randomness: Any) -> dict[str, Tensor]:
-        latents, image = self.data(batch.tensors), self.images(batch.tensors)
+        latents, image = self.data(batch.tensors), self.training_images(batch, randomness)
         generators = [randomness.generator(i, "flow") for i in batch.ids]
         t = torch.cat([draw_times(self.loss.path, 1, g) for g in generators])
         drop = torch.cat([torch.rand(1, generator=g) for g in generators]) < self.loss.image_dropout
@@ -255,7 +264,8 @@ class CoarseObjective(FlowObjective):
             part.requires_grad_(True)
 
     def forward(self, batch: Any, randomness: Any) -> dict[str, Tensor]:
-        coarse = self.coarse_loss(see(self.network, self.images(batch.tensors)), true_grid(batch))
+        image = self.training_images(batch, randomness)
+        coarse = self.coarse_loss(see(self.network, image), true_grid(batch))
         return {"loss": self.loss.coarse * coarse, "coarse": coarse}
 
 
