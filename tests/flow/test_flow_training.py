@@ -476,3 +476,20 @@ def test_the_rows_of_table_3_differ_in_one_line_each():
         before, after = lines[number - 1], lines[number]
         changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
         assert [a.strip().split(" ")[0] for a, _ in changed if "out:" not in a] == [key]
+
+
+def test_augmentation_is_for_training_alone(dataset):
+    """The loss is that of changed images, drawn anew at every step; validation sees them as they are."""
+    task = task_for(dataset, "structure", **{"data.augment.noise": 2.0})
+    torch.manual_seed(0)
+    objective = task.objective()
+    for parameter in objective.network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    plain = task_for(dataset, "structure").objective()
+    plain.load_state_dict(objective.state_dict())
+    batch = next(iter(task.loader(0, 0, 1)))
+    with torch.no_grad():
+        one, again, next_step = (objective(batch, Randomness(3, k))["loss"] for k in (5, 5, 6))
+        assert torch.equal(one, again) and not torch.equal(one, next_step)
+        assert not torch.allclose(one, plain(batch, Randomness(3, 5))["loss"])
+        assert task.validate(objective) == task_for(dataset, "structure").validate(plain)

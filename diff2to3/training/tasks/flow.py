@@ -24,6 +24,7 @@ from diff2to3.flow.samplers import SAMPLERS, guided, timesteps
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
+from diff2to3.training.tasks.flow_augment import AugmentConfig
 from diff2to3.training.tasks.flow_objective import (
     CoarseObjective,
     FlowLossConfig,
@@ -53,6 +54,7 @@ class FlowDataConfig:
     tokens   stage of the condition images' latents
     bundle   folder with the decoder of these latents, for pictures and scores, and with their statistics (else
              those of the training split are taken); null for neither
+    augment  random changes of the condition images' latents while training; see :class:`AugmentConfig`
     validation_assets  how many of split ``val`` validation takes; spread evenly over the split
     """
 
@@ -62,6 +64,7 @@ class FlowDataConfig:
     bundle: str | None = None
     validation_assets: int = 32
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ class FlowTask:
             c.model.resolution,
             c.model.image_patch_size,
             self.judge.decoder if c.loss.decodes and self.judge else None,
+            c.data.augment,
         )
 
     def blocks(self, objective: nn.Module) -> list[nn.Module]:

@@ -68,7 +68,6 @@ class FlowLossConfig:
     coarse_only    only that is learnt, by the layers before image and volume meet; a step takes a fraction of the time.
                    To begin with; then train.init_from that run, without this
     render         see :class:`RenderLossConfig`
-    augment        random changes of the images; see :class:`AugmentConfig`
     """
 
     path: PathConfig = field(default_factory=PathConfig)
@@ -77,7 +76,6 @@ class FlowLossConfig:
     coarse: float = 0.0
     coarse_only: bool = False
     render: RenderLossConfig = field(default_factory=RenderLossConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.image_dropout <= 1:
@@ -140,6 +138,7 @@ class FlowObjective(nn.Module):
         resolution: int,
         image_patch_size: int,
         decoder: nn.Module | None = None,
+        augment: AugmentConfig | None = None,
     ) -> None:
         """``resolution``: of the voxels that sparse latents are on. ``decoder``: of the latents, for the losses on what
         they decode to; it is neither trained nor saved.
@@ -151,6 +150,7 @@ class FlowObjective(nn.Module):
         self.latents, self.image = latents, image
         self.latent_stage, self.token_stage, self.resolution = latent_stage, token_stage, resolution
         self.image_patch_size = image_patch_size
+        self.augment = augment or AugmentConfig()
         self.decoders = (decoder,)  # in a tuple, so that its weights are not the module's
 
     @property
@@ -166,7 +166,7 @@ class FlowObjective(nn.Module):
         images = torch.stack([item["latents"].float() for item in tensors[token_member(self.token_stage)]])
         images = self.image(images)
         if generators is not None:
-            images = augmented(images, self.loss.augment, generators)
+            images = augmented(images, self.augment, generators)
         return ImageTokens.from_latents(images, self.image_patch_size)
 
     def training_images(self, batch: Any, randomness: Any) -> ImageTokens:
