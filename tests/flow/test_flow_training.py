@@ -265,16 +265,58 @@ def test_the_coarse_loss_is_of_what_the_image_alone_suggests(dataset, structure_
     assert 0 <= alone.validate(objective)["coarse_iou"] <= 1
 
 
+def test_the_fine_loss_is_of_each_block_made_of_its_coarse_cells(dataset, structure_bundle, tmp_path):
+    """By hand, block by block; and what makes the blocks is trained, but no part of the bundle."""
+    changes = {
+        "data.bundle": structure_bundle[0],
+        "loss.coarse": 0.5,
+        "loss.fine": 0.25,
+        "loss.coarse_only": True,
+    }
+    model = {"model.absolute": True, "model.image_blocks": 1, "model.coarse_resolution": 4}
+    task = task_for(dataset, "structure", **changes, **model)
+    objective = task.objective()
+    for parameter in objective.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    batch = next(iter(task.loader(0, 0, 1)))
+    (truth,) = batch.occupancy.values()
+    out = objective(batch, Randomness(3, 4))
+    first, last = objective.refiner.hidden_layer, objective.refiner.out_layer
+    for i in range(len(batch.ids)):
+        image = objective.image(batch.tensors["tokens_x/*.safetensors"][i]["latents"][None])
+        coarse = objective.network.see(ImageTokens.from_latents(image, 2)).coarse[0]
+        logits = torch.zeros(8, 8, 8)
+        for x, y, z in torch.cartesian_prod(*[torch.arange(2)] * 3).tolist():
+            cells = coarse[2 * x : 2 * x + 2, 2 * y : 2 * y + 2, 2 * z : 2 * z + 2].flatten()
+            hidden = first.weight @ cells + first.bias
+            block = last.weight @ (hidden * hidden.sigmoid()) + last.bias
+            logits[4 * x : 4 * x + 4, 4 * y : 4 * y + 4, 4 * z : 4 * z + 4] = block.reshape(4, 4, 4)
+        p, y = logits.sigmoid(), truth[i].float()
+        dice = 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
+        entropy = ((-logits).exp().log1p() + (1 - y) * logits).double().mean()
+        assert float(out["fine"][i]) == pytest.approx(float(dice + entropy), rel=1e-4)
+    torch.testing.assert_close(out["loss"], 0.5 * out["coarse"] + 0.25 * out["fine"])
+    out["loss"].sum().backward()
+    assert all(p.grad is not None for p in objective.refiner.parameters())
+    scores = task.validate(objective)
+    assert set(scores) == {"coarse_iou", "fine_iou"} and all(0 <= v <= 1 for v in scores.values())
+    task.export(objective, tmp_path / "bundle")
+    entry = read_bundle(tmp_path / "bundle").networks["structure_flow"]
+    assert not any("refiner" in name for name in read_tensors(tmp_path / "bundle" / entry.file))
+
+
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
         ("structure", {"loss.coarse": 1, "data.bundle": "x"}),
         ("structure", {"loss.coarse": 1, "model.coarse_resolution": 4}),
         ("structure", {"loss.coarse_only": True}),
+        ("structure", {"loss.fine": 1, "data.bundle": "x"}),
+        ("structure", {"loss.fine": -1}),
     ],
 )
 def test_the_coarse_loss_needs_a_coarse_grid_and_the_true_one(stage, changes, dataset):
-    with pytest.raises(Exception, match=r"coarse"):
+    with pytest.raises(Exception, match=r"coarse|fine"):
         task_for(dataset, stage, **changes)
 
 

@@ -30,6 +30,7 @@ from diff2to3.training.tasks.flow_objective import (
     FlowLossConfig,
     FlowObjective,
     Normalization,
+    Refiner,
     Statistics,
     Tensors,
     coarsened,
@@ -103,7 +104,8 @@ class FlowRunConfig:
     def __post_init__(self) -> None:
         if self.loss.compares_occupancy and (self.model.stage == "latents" or not self.data.bundle):
             raise ValueError(
-                "loss.dice, loss.coarse: need stage structure, and data.bundle with the decoder of its latents"
+                "loss.dice, loss.coarse, loss.fine: need stage structure, and data.bundle with the decoder of its "
+                "latents"
             )
         render = self.loss.render
         if render.weight and (self.model.stage == "structure" or not self.data.bundle):
@@ -112,8 +114,8 @@ class FlowRunConfig:
             )
         if render.weight and render.view_set not in self.data.loader.views:
             raise ValueError(f"loss.render: needs data.loader.views with {render.view_set!r} among them")
-        if self.loss.coarse and not self.model.coarse_resolution:
-            raise ValueError("loss.coarse: needs model.coarse_resolution, of the grid that it compares")
+        if (self.loss.coarse or self.loss.fine) and not self.model.coarse_resolution:
+            raise ValueError("loss.coarse, loss.fine: need model.coarse_resolution, of the coarse grid")
         kind = "latents_" if self.model.stage == "latents" else "structures_"
         if not self.data.latents.startswith(kind) and self.data.latents != MISSING:
             raise ValueError(
@@ -149,7 +151,13 @@ class FlowTask:
             c.model.image_patch_size,
             self.judge.decoder if c.loss.decodes and self.judge else None,
             c.data.augment,
+            self.refiner() if c.loss.fine else None,
         )
+
+    def refiner(self) -> Refiner:
+        """For the fine loss."""
+        model = self.config.model
+        return Refiner(model.resolution // model.patch_size, model.coarse_resolution, self.grid_resolution)
 
     def blocks(self, objective: nn.Module) -> list[nn.Module]:
         network: Any = objective.network
@@ -269,20 +277,23 @@ class FlowTask:
         if self.judge is not None:
             made = self.generate(objective, latents, image)
             numbers |= self.judge.scores(store, assets, latents, made)
-        if self.config.loss.coarse:
-            numbers["coarse_iou"] = self.coarse_scores(objective, store, assets, image)
-        return numbers
+        return numbers | self.guess_scores(objective, store, assets, image)
 
-    def coarse_scores(
+    def guess_scores(
         self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset], image: ImageTokens
-    ) -> list[float]:
-        """IoU of the coarse grids that are guessed from the images."""
+    ) -> dict[str, list[float]]:
+        """IoU of what is guessed from the images alone, where that is learnt."""
         seen = see(objective.network, image)
-        assert seen is not None and seen.coarse is not None and self.judge is not None
-        truths = torch.stack(self.judge.truths(store, assets, self.grid_resolution))
-        wanted = coarsened(truths, seen.coarse.shape[-1]).to(seen.coarse.device)
-        values: list[float] = intersection_over_union(seen.coarse, wanted).tolist()
-        return values
+        if self.judge is None or seen is None or seen.coarse is None:
+            return {}
+        numbers: dict[str, list[float]] = {}
+        truths = torch.stack(self.judge.truths(store, assets, self.grid_resolution)).to(seen.coarse.device)
+        if self.config.loss.coarse:
+            wanted = coarsened(truths, seen.coarse.shape[-1])
+            numbers["coarse_iou"] = intersection_over_union(seen.coarse, wanted).tolist()
+        if objective.refiner is not None:
+            numbers["fine_iou"] = intersection_over_union(objective.refiner(seen.coarse), truths).tolist()
+        return numbers
 
     def export(self, objective: nn.Module, folder: Path) -> None:
         """The network in float16, what normalises its inputs, and how it is sampled."""
@@ -330,7 +341,7 @@ class CoarseTask(FlowTask):
         self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset]
     ) -> dict[str, list[float]]:
         image = objective.images(self.read(objective, store, assets))
-        return {"coarse_iou": self.coarse_scores(objective, store, assets, image)}
+        return self.guess_scores(objective, store, assets, image)
 
 
 def spread(assets: list[PlannedAsset], count: int) -> list[PlannedAsset]:

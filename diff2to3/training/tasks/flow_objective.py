@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diff2to3.data.encodings import MEMBER
+from diff2to3.flow.dit import to_grid, to_tokens
 from diff2to3.flow.image_tower import SeenImage
 from diff2to3.flow.matching import PathConfig, draw_times, noised, squared_error, target_velocity
 from diff2to3.flow.networks import predict, see
@@ -65,8 +66,11 @@ class FlowLossConfig:
                    left out.
     coarse         the same: weight of the dice loss and cross-entropy of the coarse grid that the network guesses from
                    the image alone (model.coarse_resolution)
-    coarse_only    only that is learnt, by the layers before image and volume meet; a step takes a fraction of the time.
-                   To begin with; then train.init_from that run, without this
+    fine           the same: weight of the dice loss and cross-entropy of the whole occupancy grid, which a small
+                   network, not kept after training, makes of the coarse logits, a voxel token at a time. So these
+                   tell where in a coarse cell the surface is, of which ``coarse`` alone says nothing
+    coarse_only    only these two are learnt, by the layers before image and volume meet; a step takes a fraction of
+                   the time. To begin with; then train.init_from that run, without this
     render         see :class:`RenderLossConfig`
     """
 
@@ -74,18 +78,18 @@ class FlowLossConfig:
     image_dropout: float = 0.1
     dice: float = 0.0
     coarse: float = 0.0
+    fine: float = 0.0
     coarse_only: bool = False
     render: RenderLossConfig = field(default_factory=RenderLossConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.image_dropout <= 1:
             raise ValueError(f"image_dropout: expected a probability, got {self.image_dropout}")
-        if not self.dice >= 0:
-            raise ValueError(f"dice: expected a weight of at least 0, got {self.dice}")
-        if not self.coarse >= 0 or (self.coarse_only and not self.coarse):
-            raise ValueError(
-                f"coarse: expected a weight of at least 0 (coarse_only: above 0), got {self.coarse}"
-            )
+        for name in ("dice", "coarse", "fine"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected a weight of at least 0, got {getattr(self, name)}")
+        if self.coarse_only and not self.coarse + self.fine:
+            raise ValueError("coarse_only: needs a weight for coarse or fine")
 
     @property
     def decodes(self) -> bool:
@@ -95,7 +99,7 @@ class FlowLossConfig:
     @property
     def compares_occupancy(self) -> bool:
         """Whether batches need the occupancy grid."""
-        return self.dice > 0 or self.coarse > 0
+        return self.dice > 0 or self.coarse > 0 or self.fine > 0
 
 
 class Normalization(nn.Module):
@@ -139,9 +143,10 @@ class FlowObjective(nn.Module):
         image_patch_size: int,
         decoder: nn.Module | None = None,
         augment: AugmentConfig | None = None,
+        refiner: Refiner | None = None,
     ) -> None:
         """``resolution``: of the voxels that sparse latents are on. ``decoder``: of the latents, for the losses on what
-        they decode to; it is neither trained nor saved.
+        they decode to; it is neither trained nor saved. ``refiner``: for the fine loss; it is not exported.
         """
         super().__init__()
         self.name = "latent_flow" if latent_stage.startswith("latents_") else "structure_flow"
@@ -151,6 +156,7 @@ class FlowObjective(nn.Module):
         self.latent_stage, self.token_stage, self.resolution = latent_stage, token_stage, resolution
         self.image_patch_size = image_patch_size
         self.augment = augment or AugmentConfig()
+        self.refiner = refiner
         self.decoders = (decoder,)  # in a tuple, so that its weights are not the module's
 
     @property
@@ -209,9 +215,10 @@ class FlowObjective(nn.Module):
             dice = self.occupancy_loss(noisy - times * velocity, true_grid(batch))
             terms["dice"] = torch.where(drop, 0.0, dice)
             loss = loss + self.loss.dice * terms["dice"]
-        if self.loss.coarse:
-            terms["coarse"] = torch.where(drop, 0.0, self.coarse_loss(seen, true_grid(batch)))
-            loss = loss + self.loss.coarse * terms["coarse"]
+        if self.loss.coarse or self.loss.fine:
+            for name, value in self.guess_losses(seen, true_grid(batch)).items():
+                terms[name] = torch.where(drop, 0.0, value)
+                loss = loss + getattr(self.loss, name) * terms[name]
         if self.loss.render.weight:
             assert isinstance(noisy, SparseVoxels)
             made = noisy.with_feats(noisy.feats - times * velocity)
@@ -219,11 +226,19 @@ class FlowObjective(nn.Module):
             loss = loss + self.loss.render.weight * terms["render"]
         return {"loss": loss, **terms} if len(terms) > 1 else {"loss": loss}
 
-    def coarse_loss(self, seen: SeenImage | None, wanted: Tensor) -> Tensor:
-        """Dice loss and cross-entropy [B] of the coarse grid against occupancy bool [B, R, R, R]."""
+    def guess_losses(self, seen: SeenImage | None, wanted: Tensor) -> dict[str, Tensor]:
+        """Dice loss and cross-entropy [B] of what is guessed from the image alone, against occupancy bool
+        [B, R, R, R]: on the coarse grid and on all of it.
+        """
         assert seen is not None and seen.coarse is not None
-        pooled = coarsened(wanted, seen.coarse.shape[-1])
-        return dice_loss(seen.coarse, pooled) + cross_entropy(seen.coarse, pooled)
+        terms = {}
+        if self.loss.coarse:
+            pooled = coarsened(wanted, seen.coarse.shape[-1])
+            terms["coarse"] = dice_loss(seen.coarse, pooled) + cross_entropy(seen.coarse, pooled)
+        if self.refiner is not None:
+            fine = self.refiner(seen.coarse)
+            terms["fine"] = dice_loss(fine, wanted) + cross_entropy(fine, wanted)
+        return terms
 
     def occupancy_loss(self, data: Tensor, wanted: Tensor) -> Tensor:
         """Dice loss [B] between what normalised latents decode to and occupancy bool [B, R, R, R]."""
@@ -265,8 +280,25 @@ class CoarseObjective(FlowObjective):
 
     def forward(self, batch: Any, randomness: Any) -> dict[str, Tensor]:
         image = self.training_images(batch, randomness)
-        coarse = self.coarse_loss(see(self.network, image), true_grid(batch))
-        return {"loss": self.loss.coarse * coarse, "coarse": coarse}
+        terms = self.guess_losses(see(self.network, image), true_grid(batch))
+        weighted = [getattr(self.loss, name) * value for name, value in terms.items()]
+        return {"loss": torch.stack(weighted).sum(0), **terms}
+
+
+class Refiner(nn.Module):
+    """Coarse logits [B, c, c, c] → logits [B, R, R, R]: the cells of a block from its coarse cells alone, by a small
+    network that all of the ``blocks``³ blocks share.
+    """
+
+    def __init__(self, blocks: int, coarse: int, fine: int, hidden: int = 256) -> None:
+        super().__init__()
+        self.blocks, self.coarse, self.fine = blocks, coarse // blocks, fine // blocks
+        self.hidden_layer = nn.Linear(self.coarse**3, hidden)
+        self.out_layer = nn.Linear(hidden, self.fine**3)
+
+    def forward(self, coarse: Tensor) -> Tensor:
+        hidden = nn.functional.silu(self.hidden_layer(to_tokens(coarse[:, None], self.coarse)))
+        return to_grid(self.out_layer(hidden), self.fine, self.blocks)[:, 0]
 
 
 def latent_member(stage: str) -> str:
