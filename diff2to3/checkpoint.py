@@ -219,6 +219,59 @@ def merge_bundles(
     return merged, tensors
 
 
+def average_bundles(
+    sources: Sequence[Path], weights: Sequence[float]
+) -> tuple[BundleInfo, dict[str, dict[str, Tensor]]]:
+    """The networks that all bundles have, each the weighted mean of theirs, ready for :func:`save_bundle`.
+
+    Runs that began with the same weights often have a mean that generalises better than any of them (model soups,
+    Wortsman et al. 2022).
+
+    Args:
+        sources: folders.
+        weights: one each; they are divided by their sum.
+
+    Raises:
+        InputError: a folder that is no bundle or is damaged; networks of different shapes; settings that differ; no
+            network in common; weights that do not fit.
+    """
+    if len(sources) < 2 or len(weights) != len(sources):
+        raise InputError(
+            f"bundles: expected at least two and a weight for each, got {len(sources)} and {len(weights)}"
+        )
+    total = math.fsum(weights)
+    if not (math.isfinite(total) and total > 0):
+        raise InputError(f"weights: expected numbers with a positive sum, got {list(weights)}")
+    infos = []
+    settings: dict[str, Any] = {}
+    for folder in sources:
+        infos.append(read_bundle(folder))
+        check_hashes(folder, infos[-1])
+        settings = _merge_settings(settings, infos[-1].settings, False, str(folder / MODEL_FILE))
+    first = infos[0]
+    entries = {n: e for n, e in first.networks.items() if all(n in info.networks for info in infos)}
+    if not entries:
+        raise InputError(f"bundles: no network is in all of {', '.join(map(str, sources))}")
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, entry in entries.items():
+        for folder, info, weight in zip(sources, infos, weights, strict=True):
+            other = info.networks[name]
+            part = {key: weight / total * x.double() for key, x in read_tensors(folder / other.file).items()}
+            mean = tensors.get(name)
+            if mean is None:
+                tensors[name] = part
+            elif (other.type, other.config) != (entry.type, entry.config) or part.keys() != mean.keys():
+                raise InputError(f"{folder / MODEL_FILE}: {name!r} is another network than in {sources[0]}")
+            else:
+                tensors[name] = {key: mean[key] + value for key, value in part.items()}
+        dtypes = {key: x.dtype for key, x in read_tensors(sources[0] / entry.file).items()}
+        tensors[name] = {key: value.to(dtypes[key]) for key, value in tensors[name].items()}
+    kind = min(infos, key=lambda info: len(info.networks)).kind
+    licenses = _joined(" AND ", [info.license for info in infos])
+    origin = _joined("; ", [info.source for info in infos])
+    return BundleInfo(kind, entries, settings, licenses, origin), tensors
+
+
 def _joined(separator: str, texts: Sequence[str]) -> str:
     """As one text, with what several of them name (merged bundles are merged again) only once."""
     return separator.join(dict.fromkeys(part for text in texts for part in text.split(separator) if part))

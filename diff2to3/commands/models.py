@@ -4,6 +4,7 @@ diff2to3 models
 diff2to3 models --check FOLDER
 diff2to3 models merge VAE STRUCTURE FLOW -o MODEL       the networks and settings of several bundles as one
 diff2to3 models merge MODEL NEWER -o MODEL --replace    what the later one has counts
+diff2to3 models average A B --weights 2 1 -o MEAN       the mean of the weights of networks trained from one beginning
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diff2to3.checkpoint import MODEL_FILE, BundleInfo, check_hashes, merge_bundles, read_bundle, save_bundle
+from diff2to3.checkpoint import (
+    MODEL_FILE,
+    BundleInfo,
+    average_bundles,
+    check_hashes,
+    merge_bundles,
+    read_bundle,
+    save_bundle,
+)
 from diff2to3.errors import InputError
 from diff2to3.pipeline.sources import EMBEDDED, embedded_models
 
@@ -49,7 +58,7 @@ PUBLIC_MODELS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", metavar="MODEL", help="a bundle's folder, or an embedded model, to check")
-    actions = parser.add_subparsers(dest="action", metavar="merge")
+    actions = parser.add_subparsers(dest="action", metavar="merge | average")
     merge = actions.add_parser("merge", help="put bundles together")
     merge.add_argument("bundles", nargs="+", type=Path, metavar="FOLDER")
     merge.add_argument("-o", "--out", type=Path, required=True, metavar="FOLDER")
@@ -58,11 +67,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     merge.add_argument(
         "--kind", help="of the result, such as image-to-3d (default: what its networks make it)"
     )
+    average = actions.add_parser("average", help="the weighted mean of bundles' networks")
+    average.add_argument("bundles", nargs="+", type=Path, metavar="FOLDER")
+    average.add_argument("-o", "--out", type=Path, required=True, metavar="FOLDER")
+    average.add_argument(
+        "--weights", nargs="+", type=float, metavar="W", help="of each, in any unit (default: all the same)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     if args.action == "merge":
         return run_merge(args)
+    if args.action == "average":
+        info, tensors = average_bundles(args.bundles, args.weights or [1.0] * len(args.bundles))
+        return report(args.out, info, tensors)
     if args.check is not None:
         folder = EMBEDDED / args.check if args.check in embedded_models() else Path(args.check)
         info = read_bundle(folder)
@@ -100,9 +118,14 @@ def run_merge(args: argparse.Namespace) -> int:
     info, tensors = merge_bundles(args.bundles, kind=args.kind, replace=args.replace)
     if args.half:
         tensors = {name: as_half(name, values) for name, values in tensors.items()}
-    write_bundle(args.out, info, tensors)
-    size = sum((args.out / entry.file).stat().st_size for entry in info.networks.values())
-    print(f"{args.out}: {info.kind}: {', '.join(info.networks)}; {size / 1e6:.1f} MB")
+    return report(args.out, info, tensors)
+
+
+def report(out: Path, info: BundleInfo, tensors: dict[str, dict[str, Tensor]]) -> int:
+    """Write the bundle, and say what is in it."""
+    write_bundle(out, info, tensors)
+    size = sum((out / entry.file).stat().st_size for entry in info.networks.values())
+    print(f"{out}: {info.kind}: {', '.join(info.networks)}; {size / 1e6:.1f} MB")
     return 0
 
 

@@ -96,6 +96,48 @@ def test_half_halves_the_files_and_refuses_what_it_cannot_hold(parts, tmp_path, 
     assert "'weight' has numbers that float16 cannot hold" in capsys.readouterr().err
 
 
+def test_average_is_the_weighted_mean_of_what_all_have(parts, tmp_path, capsys):
+    newer = bundle(tmp_path / "newer", "flow", {"latent_flow": 9}, {"samplers": {"latent": 1}})
+    out = tmp_path / "mean"
+    assert main(["models", "average", parts[2], str(newer), "--weights", "3", "1", "-o", str(out)]) == 0
+    assert "flow: latent_flow" in capsys.readouterr().out
+    info = read_bundle(out)
+    check_hashes(out, info)
+    assert list(info.networks) == ["latent_flow"]
+    assert float(read_tensors(out / info.networks["latent_flow"].file)["weight"][0]) == 0.75 * 5 + 0.25 * 9
+    assert main(["models", "average", parts[2], str(newer), "-o", str(out)]) == 0
+    assert float(read_tensors(out / info.networks["latent_flow"].file)["weight"][0]) == 7
+
+
+def test_only_one_network_has_a_mean(parts, tmp_path, capsys):
+    """Another configuration is another network, whatever its shapes."""
+    entries = {"latent_flow": NetworkEntry("Thing", {"size": 2}, "latent_flow.safetensors")}
+    info = BundleInfo("flow", entries, {}, "MIT", "test")
+    save_bundle(tmp_path / "newer", info, {"latent_flow": {"weight": torch.ones(2)}})
+    out = tmp_path / "mean"
+    assert main(["models", "average", parts[2], str(tmp_path / "newer"), "-o", str(out)]) == 2
+    assert "'latent_flow' is another network than in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("other", "weights", "message"),
+    [
+        (("flow", {"other": 1}, {}), "1 1", "no network is in all of"),
+        (("flow", {"latent_flow": 1}, {"samplers": {"latent": 2}}), "1 1", "settings: 'latent' is 2"),
+        (("flow", {"latent_flow": 1}, {}), "1", "a weight for each"),
+        (("flow", {"latent_flow": 1}, {}), "1 -1", "positive sum"),
+        (("flow", {"latent_flow": 1}, {}), "nan 1", "positive sum"),
+    ],
+)
+def test_what_has_no_mean_is_an_error(other, weights, message, parts, tmp_path, capsys):
+    newer, out = bundle(tmp_path / "newer", *other), tmp_path / "mean"
+    assert (
+        main(["models", "average", parts[2], str(newer), "--weights", *weights.split(), "-o", str(out)]) == 2
+    )
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("case", ["missing", "damaged", "unwritable"])
 def test_bad_input(case, parts, tmp_path, capsys):
     out = tmp_path / "out"
