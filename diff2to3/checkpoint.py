@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -193,8 +194,7 @@ def merge_bundles(
     settings: dict[str, Any] = {}
     infos = []
     for folder in sources:
-        info = read_bundle(folder)
-        check_hashes(folder, info)
+        info = read_checked_bundle(folder)
         infos.append(info)
         for name, entry in info.networks.items():
             same = name in entries and entry == entries[name]
@@ -213,10 +213,7 @@ def merge_bundles(
                 f"{origins[name] / MODEL_FILE}: file {entry.file!r} is also that of another network"
             )
     chosen = kind or _merged_kind([info.kind for info in infos], set(entries))
-    licenses = _joined(" AND ", [info.license for info in infos])
-    origin = _joined("; ", [info.source for info in infos])
-    merged = BundleInfo(chosen, entries, settings, licenses, origin)
-    return merged, tensors
+    return _of_all(infos, chosen, entries, settings), tensors
 
 
 def average_bundles(
@@ -245,31 +242,48 @@ def average_bundles(
     infos = []
     settings: dict[str, Any] = {}
     for folder in sources:
-        infos.append(read_bundle(folder))
-        check_hashes(folder, infos[-1])
-        settings = _merge_settings(settings, infos[-1].settings, False, str(folder / MODEL_FILE))
-    first = infos[0]
-    entries = {n: e for n, e in first.networks.items() if all(n in info.networks for info in infos)}
+        info = read_checked_bundle(folder)
+        infos.append(info)
+        settings = _merge_settings(settings, info.settings, False, str(folder / MODEL_FILE))
+    entries = {n: e for n, e in infos[0].networks.items() if all(n in info.networks for info in infos)}
     if not entries:
         raise InputError(f"bundles: no network is in all of {', '.join(map(str, sources))}")
-    tensors: dict[str, dict[str, Tensor]] = {}
+    tensors = {}
     for name, entry in entries.items():
-        for folder, info, weight in zip(sources, infos, weights, strict=True):
+        stored = []
+        for folder, info in zip(sources, infos, strict=True):
             other = info.networks[name]
-            part = {key: weight / total * x.double() for key, x in read_tensors(folder / other.file).items()}
-            mean = tensors.get(name)
-            if mean is None:
-                tensors[name] = part
-            elif (other.type, other.config) != (entry.type, entry.config) or part.keys() != mean.keys():
+            stored.append(read_tensors(folder / other.file))
+            if (other.type, other.config) != (entry.type, entry.config) or stored[-1].keys() != stored[
+                0
+            ].keys():
                 raise InputError(f"{folder / MODEL_FILE}: {name!r} is another network than in {sources[0]}")
-            else:
-                tensors[name] = {key: mean[key] + value for key, value in part.items()}
-        dtypes = {key: x.dtype for key, x in read_tensors(sources[0] / entry.file).items()}
-        tensors[name] = {key: value.to(dtypes[key]) for key, value in tensors[name].items()}
+        tensors[name] = {key: _mean([part[key] for part in stored], weights) for key in stored[0]}
     kind = min(infos, key=lambda info: len(info.networks)).kind
+    return _of_all(infos, kind, entries, settings), tensors
+
+
+def _mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Weighted, summed in float64, in the dtype of the first."""
+    total = math.fsum(weights)
+    parts = [weight / total * value.double() for value, weight in zip(values, weights, strict=True)]
+    return torch.stack(parts).sum(0).to(values[0].dtype)
+
+
+def _of_all(
+    infos: Sequence[BundleInfo], kind: str, entries: dict[str, NetworkEntry], settings: dict[str, Any]
+) -> BundleInfo:
+    """What is made of several bundles: with the licences and sources of all."""
     licenses = _joined(" AND ", [info.license for info in infos])
     origin = _joined("; ", [info.source for info in infos])
-    return BundleInfo(kind, entries, settings, licenses, origin), tensors
+    return BundleInfo(kind, entries, settings, licenses, origin)
+
+
+def read_checked_bundle(folder: Path) -> BundleInfo:
+    """InputError for a folder that is no bundle, or a damaged one."""
+    info = read_bundle(folder)
+    check_hashes(folder, info)
+    return info
 
 
 def _joined(separator: str, texts: Sequence[str]) -> str:

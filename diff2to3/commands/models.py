@@ -22,9 +22,9 @@ from diff2to3.checkpoint import (
     MODEL_FILE,
     BundleInfo,
     average_bundles,
-    check_hashes,
     merge_bundles,
     read_bundle,
+    read_checked_bundle,
     save_bundle,
 )
 from diff2to3.errors import InputError
@@ -80,11 +80,10 @@ def run(args: argparse.Namespace) -> int:
         return run_merge(args)
     if args.action == "average":
         info, tensors = average_bundles(args.bundles, args.weights or [1.0] * len(args.bundles))
-        return report(args.out, info, tensors)
+        return write_and_report(args.out, info, tensors)
     if args.check is not None:
         folder = EMBEDDED / args.check if args.check in embedded_models() else Path(args.check)
-        info = read_bundle(folder)
-        check_hashes(folder, info)
+        info = read_checked_bundle(folder)
         print(
             f"{args.check}: {info.kind}, {len(info.networks)} networks, licence {info.license or 'not stated'}: ok"
         )
@@ -118,10 +117,10 @@ def run_merge(args: argparse.Namespace) -> int:
     info, tensors = merge_bundles(args.bundles, kind=args.kind, replace=args.replace)
     if args.half:
         tensors = {name: as_half(name, values) for name, values in tensors.items()}
-    return report(args.out, info, tensors)
+    return write_and_report(args.out, info, tensors)
 
 
-def report(out: Path, info: BundleInfo, tensors: dict[str, dict[str, Tensor]]) -> int:
+def write_and_report(out: Path, info: BundleInfo, tensors: dict[str, dict[str, Tensor]]) -> int:
     """Write the bundle, and say what is in it."""
     write_bundle(out, info, tensors)
     size = sum((out / entry.file).stat().st_size for entry in info.networks.values())

@@ -152,19 +152,26 @@ def test_the_objective_is_the_formula_on_normalised_latents(stage, dataset):
         assert float(losses[i]) == pytest.approx(float(expected), rel=1e-4)
 
 
+def random_bundle(tmp_path_factory, name, network, std):
+    """A bundle of one network with random weights, and the network."""
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    folder = tmp_path_factory.mktemp(name)
+    entry = NetworkEntry(type(network).__name__, config_to_dict(network.config), f"{name}.safetensors")
+    save_bundle(
+        folder,
+        BundleInfo("vae", {name: entry}, {}, license="MIT", source="test"),
+        {name: network.state_dict()},
+    )
+    return folder, network
+
+
 @pytest.fixture(scope="module")
 def structure_bundle(tmp_path_factory):
     """A random decoder from 4³ × 4 latents to 8³ cells."""
     config = StructureConfig(latent_channels=4, num_res_blocks=1, num_middle_blocks=1, channels=[6, 4])
     torch.manual_seed(3)
-    decoder = StructureDecoder(config)
-    for parameter in decoder.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    folder = tmp_path_factory.mktemp("structure-bundle")
-    entry = NetworkEntry("StructureDecoder", config_to_dict(config), "structure_decoder.safetensors")
-    info = BundleInfo("structure-vae", {"structure_decoder": entry}, {}, license="MIT", source="test")
-    save_bundle(folder, info, {"structure_decoder": decoder.state_dict()})
-    return folder, decoder
+    return random_bundle(tmp_path_factory, "structure_decoder", StructureDecoder(config), 0.3)
 
 
 def test_the_dice_loss_is_that_of_what_one_step_to_the_data_decodes_to(dataset, structure_bundle):
@@ -336,14 +343,7 @@ def decoder_bundle(tmp_path_factory):
         resolution=8, latent_channels=4, width=16, num_blocks=1, num_heads=2, window=4, gaussians=gaussians
     )
     torch.manual_seed(5)
-    decoder = Decoder(config)
-    for parameter in decoder.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    folder = tmp_path_factory.mktemp("decoder-bundle")
-    entry = NetworkEntry("Decoder", config_to_dict(config), "decoder.safetensors")
-    info = BundleInfo("vae", {"decoder": entry}, {}, license="MIT", source="test")
-    save_bundle(folder, info, {"decoder": decoder.state_dict()})
-    return folder, decoder
+    return random_bundle(tmp_path_factory, "decoder", Decoder(config), 0.15)
 
 
 def test_the_render_loss_is_of_what_one_step_to_the_data_looks_like(dataset, decoder_bundle):

@@ -114,7 +114,7 @@ class FlowRunConfig:
             )
         if render.weight and render.view_set not in self.data.loader.views:
             raise ValueError(f"loss.render: needs data.loader.views with {render.view_set!r} among them")
-        if (self.loss.coarse or self.loss.fine) and not self.model.coarse_resolution:
+        if self.loss.guesses and not self.model.coarse_resolution:
             raise ValueError("loss.coarse, loss.fine: need model.coarse_resolution, of the coarse grid")
         kind = "latents_" if self.model.stage == "latents" else "structures_"
         if not self.data.latents.startswith(kind) and self.data.latents != MISSING:

@@ -21,9 +21,14 @@ from diff2to3.flow.image_tower import SeenImage
 from diff2to3.flow.matching import PathConfig, draw_times, noised, squared_error, target_velocity
 from diff2to3.flow.networks import predict, see
 from diff2to3.flow.tokens import ImageTokens
-from diff2to3.gaussians.render import render
 from diff2to3.training.tasks.flow_augment import AugmentConfig, augmented
-from diff2to3.training.tasks.vae_objective import dissimilarity, of_asset, random_backgrounds
+from diff2to3.training.tasks.vae_objective import (
+    dissimilarity,
+    drawn_and_true,
+    of_asset,
+    random_backgrounds,
+    sum_weighted,
+)
 from diff2to3.types import SparseVoxels
 from diff2to3.vae.losses import l1, l2
 from diff2to3.vae.structure_loss import cross_entropy, dice_loss
@@ -49,9 +54,7 @@ class RenderLossConfig:
     view_set: str = "target"
 
     def __post_init__(self) -> None:
-        for name in ("weight", "l1", "l2", "ssim"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"render.{name}: expected a weight of at least 0, got {getattr(self, name)}")
+        check_weights(self, ("weight", "l1", "l2", "ssim"), "render.")
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,8 @@ class FlowLossConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.image_dropout <= 1:
             raise ValueError(f"image_dropout: expected a probability, got {self.image_dropout}")
-        for name in ("dice", "coarse", "fine"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected a weight of at least 0, got {getattr(self, name)}")
-        if self.coarse_only and not self.coarse + self.fine:
+        check_weights(self, ("dice", "coarse", "fine"))
+        if self.coarse_only and not self.guesses:
             raise ValueError("coarse_only: needs a weight for coarse or fine")
 
     @property
@@ -99,7 +100,20 @@ class FlowLossConfig:
     @property
     def compares_occupancy(self) -> bool:
         """Whether batches need the occupancy grid."""
-        return self.dice > 0 or self.coarse > 0 or self.fine > 0
+        return self.dice > 0 or self.guesses
+
+    @property
+    def guesses(self) -> bool:
+        """Whether what the network makes of the image alone is compared."""
+        return self.coarse > 0 or self.fine > 0
+
+
+def check_weights(config: object, names: Sequence[str], prefix: str = "") -> None:
+    """ValueError for a field that is no number of at least 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not value >= 0:
+            raise ValueError(f"{prefix}{name}: expected a weight of at least 0, got {value}")
 
 
 class Normalization(nn.Module):
@@ -215,7 +229,7 @@ class FlowObjective(nn.Module):
             dice = self.occupancy_loss(noisy - times * velocity, true_grid(batch))
             terms["dice"] = torch.where(drop, 0.0, dice)
             loss = loss + self.loss.dice * terms["dice"]
-        if self.loss.coarse or self.loss.fine:
+        if self.loss.guesses:
             for name, value in self.guess_losses(seen, true_grid(batch)).items():
                 terms[name] = torch.where(drop, 0.0, value)
                 loss = loss + getattr(self.loss, name) * terms[name]
@@ -240,27 +254,28 @@ class FlowObjective(nn.Module):
             terms["fine"] = dice_loss(fine, wanted) + cross_entropy(fine, wanted)
         return terms
 
-    def occupancy_loss(self, data: Tensor, wanted: Tensor) -> Tensor:
-        """Dice loss [B] between what normalised latents decode to and occupancy bool [B, R, R, R]."""
+    def decoder(self, device: torch.device) -> nn.Module:
+        """The frozen decoder of the latents, on ``device``: it is not the module's, which so does not move it."""
         (decoder,) = self.decoders
         assert decoder is not None
-        return dice_loss(decoder.to(data.device)(self.latents.invert(data).float())[:, 0], wanted)
+        return decoder.to(device)
+
+    def occupancy_loss(self, data: Tensor, wanted: Tensor) -> Tensor:
+        """Dice loss [B] between what normalised latents decode to and occupancy bool [B, R, R, R]."""
+        return dice_loss(self.decoder(data.device)(self.latents.invert(data).float())[:, 0], wanted)
 
     def render_loss(self, data: SparseVoxels, batch: Any, randomness: Any) -> Tensor:
         """Difference [B] between the batch's views and renderings of what normalised latents decode to."""
-        (decoder,) = self.decoders
-        assert decoder is not None
         c = self.loss.render
         views = batch.views[c.view_set]
         backgrounds = random_backgrounds(batch.ids, randomness).to(views.images)
-        objects = decoder.to(data.feats.device)(data.with_feats(self.latents.invert(data.feats).float()))
+        latents = data.with_feats(self.latents.invert(data.feats).float())
+        objects = self.decoder(data.feats.device)(latents)
         values = []
         for b, gaussians in enumerate(objects):
             own = of_asset(views, b, len(views) // len(batch.ids))
             with torch.autocast(own.images.device.type, enabled=False):
-                cameras = (own.viewmats, own.Ks, own.width, own.height)
-                drawn = render(gaussians.to(dtype=torch.float32), *cameras, background=backgrounds[b]).colors
-                target = own.composite(backgrounds[b])
+                drawn, target = drawn_and_true(gaussians.to(dtype=torch.float32), own, backgrounds[b])
                 error = c.l1 * l1(drawn, target).mean() + c.l2 * l2(drawn, target).mean()
                 values.append(error + c.ssim * dissimilarity(drawn, target, own.alphas))
         return torch.stack(values)
@@ -281,8 +296,7 @@ class CoarseObjective(FlowObjective):
     def forward(self, batch: Any, randomness: Any) -> dict[str, Tensor]:
         image = self.training_images(batch, randomness)
         terms = self.guess_losses(see(self.network, image), true_grid(batch))
-        weighted = [getattr(self.loss, name) * value for name, value in terms.items()]
-        return {"loss": torch.stack(weighted).sum(0), **terms}
+        return {"loss": sum_weighted(terms, self.loss), **terms}
 
 
 class Refiner(nn.Module):

@@ -96,10 +96,7 @@ class VaeObjective(nn.Module):
         """The losses of one object over its views: scalars by name."""
         with torch.autocast(background.device.type, enabled=False):
             gaussians = gaussians.to(dtype=torch.float32)
-            drawn = render(
-                gaussians, views.viewmats, views.Ks, views.width, views.height, background=background
-            ).colors
-            target = views.composite(background)
+            drawn, target = drawn_and_true(gaussians, views, background)
             squared = losses.l2(drawn, target)
             terms = {
                 "l1": losses.l1(drawn, target).mean(),
@@ -140,6 +137,12 @@ def of_asset(views: Views, index: int, per_asset: int) -> Views:
     return views.select(range(index * per_asset, (index + 1) * per_asset))
 
 
+def drawn_and_true(gaussians: Gaussians, views: Views, background: Tensor) -> tuple[Tensor, Tensor]:
+    """Renderings [V, H, W, 3] from the cameras of ``views``, and the views themselves, over one colour."""
+    cameras = (views.viewmats, views.Ks, views.width, views.height)
+    return render(gaussians, *cameras, background=background).colors, views.composite(background)
+
+
 def random_backgrounds(ids: Sequence[str], randomness: Any) -> Tensor:
     """A colour [B, 3] for each asset, so that what is transparent cannot pass for white."""
     return torch.stack([torch.rand(3, generator=randomness.generator(i, "background")) for i in ids])
@@ -160,7 +163,7 @@ def dissimilarity(images: Tensor, targets: Tensor, alphas: Tensor) -> Tensor:
     return share * (1 - losses.ssim(images, cropped).mean())
 
 
-def sum_weighted(terms: dict[str, Tensor], weights: VaeLossConfig) -> Tensor:
-    """Σ weight · term over the terms that have a weight."""
+def sum_weighted(terms: dict[str, Tensor], weights: Any) -> Tensor:
+    """Σ weight · term over the terms that have a weight: a field of ``weights`` of the same name."""
     chosen = [getattr(weights, name) * value for name, value in terms.items() if hasattr(weights, name)]
     return torch.stack(chosen).sum(0)
