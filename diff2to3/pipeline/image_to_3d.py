@@ -297,6 +297,23 @@ class ImageTo3D:
         """Stage 1: active voxels [N, 4] of each item, whose noise its generator gives. ``mirrored``: of the mirrored
         photos, for the mean of both. InputError where an item has no voxel.
         """
+        logits = self.structure_logits(conditions, settings, generators, multi_image, progress, mirrored)
+        coords = active_voxels(logits, settings.threshold)
+        counts = torch.bincount(coords[:, 0], minlength=len(generators))
+        if int(counts.min()) == 0:
+            raise InputError("the structure stage generated no voxel for this input; try another seed")
+        return coords
+
+    def structure_logits(
+        self,
+        conditions: Conditions,
+        settings: StageSettings,
+        generators: Sequence[torch.Generator],
+        multi_image: str = MULTI_IMAGE_MODES[0],
+        progress: Progress | None = None,
+        mirrored: Conditions | None = None,
+    ) -> Tensor:
+        """Stage 1 before its threshold: logits [B, 1, R, R, R]. Arguments as of :meth:`sample_structure`."""
         with self.on_device(self.networks.structure_flow) as flow:
             c = flow.config
             noise = torch.cat(
@@ -314,11 +331,7 @@ class ImageTo3D:
         if mirrored is not None:
             seen, other = logits.chunk(2)
             logits = (seen + other.flip(2)) / 2
-        coords = active_voxels(logits, settings.threshold)
-        counts = torch.bincount(coords[:, 0], minlength=len(generators))
-        if int(counts.min()) == 0:
-            raise InputError("the structure stage generated no voxel for this input; try another seed")
-        return coords
+        return logits
 
     def sample_latents(
         self,

@@ -6,21 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save as save_tensors
+from flow_runs import arguments, task_for
 
 from diff2to3.checkpoint import (
-    BundleInfo,
-    NetworkEntry,
     load_strictly,
     read_bundle,
     read_tensors,
-    save_bundle,
 )
-from diff2to3.config import config_from_dict, config_to_dict, load_config
-from diff2to3.data.encodings import moments
-from diff2to3.data.pictures import encode_image
-from diff2to3.data.plan import PlannedAsset, asset_key, write_plan
-from diff2to3.data.shards import Part, assemble, part_path, write_part
+from diff2to3.config import config_from_dict, load_config
 from diff2to3.flow.networks import NETWORKS
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.gaussians.render import render
@@ -29,89 +22,10 @@ from diff2to3.training.run import main
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.flow import FlowRunConfig, flow_task
 from diff2to3.types import SparseVoxels
-from diff2to3.vae.config import DecoderConfig, GaussianConfig, StructureConfig
-from diff2to3.vae.decoder import Decoder
-from diff2to3.vae.sparse_structure import StructureDecoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs" / "flow").glob("*.yaml"))
-VIEWS = 3
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    """Six assets of 8³ voxels with random latents, occupancy latents, image latents of three views, and one view."""
-    root = tmp_path_factory.mktemp("flow-data")
-    generator = torch.Generator().manual_seed(7)
-    plan = [PlannedAsset(0, asset_key(f"a{i}"), f"a{i}", "val" if i == 5 else "train") for i in range(6)]
-    write_plan(root, plan)
-    members: dict[str, list[tuple[dict, dict]]] = {
-        "voxels_8": [],
-        "latents_x": [],
-        "structures_x": [],
-        "tokens_x": [],
-        "views_target": [],
-    }
-    viewmat, K = torch.eye(4), torch.tensor([[24.0, 0, 12], [0, 24, 12], [0, 0, 1]])
-    viewmat[2, 3] = 1.5
-    cameras = save_tensors({"viewmats": viewmat[None], "Ks": K[None]})
-    for i in range(6):
-        cells = torch.randperm(512, generator=generator)[: 20 + 10 * i].sort().values
-        coords = torch.stack([cells // 64, cells // 8 % 8, cells % 8], 1).to(torch.uint8)
-        mean = 3 + 2 * torch.randn(len(coords), 4, generator=generator)
-        dense = torch.randn(4, 4, 4, 4, generator=generator)
-        images = {
-            f"{v:03d}.safetensors": {"latents": torch.randn(3, 8, 8, generator=generator)}
-            for v in range(VIEWS)
-        }
-        rows = torch.stack([im["latents"] for im in images.values()]).permute(0, 2, 3, 1).flatten(0, 2)
-        members["voxels_8"].append(({"coords.safetensors": {"coords": coords}}, {"num_voxels": len(coords)}))
-        members["latents_x"].append(({"latents.safetensors": {"mean": mean}}, moments(mean)))
-        members["structures_x"].append(
-            ({"latents.safetensors": {"mean": dense}}, moments(dense.flatten(1).T))
-        )
-        members["tokens_x"].append((images, {"num_views": VIEWS, **moments(rows)}))
-        picture = encode_image(torch.rand(24, 24, 3, generator=generator), torch.ones(24, 24))
-        members["views_target"].append(
-            ({"000.webp": picture, "cameras.safetensors": cameras}, {"num_views": 1})
-        )
-    for stage, items in members.items():
-        (root / stage).mkdir()
-        settings = {"size": 64, "margin": 1.2, "background": 0.5} if stage == "tokens_x" else {}
-        (root / stage / "settings.json").write_text(json.dumps(settings))
-        for asset, (files, info) in zip(plan, items, strict=True):
-            stored = {n: x if isinstance(x, bytes) else save_tensors(x) for n, x in files.items()}
-            part = Part(stored, info)
-            write_part(part_path(root, stage, 0, asset.key), asset.key, part, "s")
-        assemble(root, stage, 0, [(a.id, a.key, "s") for a in plan])
-    return root
-
-
-def arguments(root, stage, out, **changes):
-    model = {
-        "stage": stage, "resolution": 8 if stage == "latents" else 4, "patch_size": 2, "channels": 4, "width": 24,
-        "num_heads": 2, "num_double": 1, "num_single": 1, "image_channels": 3, "io_channels": "[8]",
-    }  # fmt: skip
-    values = {
-        "data.root": root,
-        "data.latents": ("latents_x" if stage == "latents" else "structures_x"),
-        "data.tokens": "tokens_x",
-        "data.loader.max_assets_per_batch": 3,
-        "data.loader.num_workers": 0,
-        "train.out": out,
-        "train.steps": 4,
-        "train.lr": 1e-3,
-        "train.device": "cpu",
-        "train.loggers": "[]",
-        **{f"model.{k}": v for k, v in model.items()},
-        **changes,
-    }
-    return [f"{k}={v}" for k, v in values.items()]
-
-
-def task_for(root, stage, out="unused", **changes):
-    return flow_task(load_config(FlowRunConfig, None, arguments(root, stage, out, **changes)))
 
 
 @pytest.mark.parametrize("stage", ["structure", "latents"])
@@ -150,28 +64,6 @@ def test_the_objective_is_the_formula_on_normalised_latents(stage, dataset):
         velocity = velocity[0] if stage == "structure" else velocity
         expected = (velocity - (noise - data)).square().mean()
         assert float(losses[i]) == pytest.approx(float(expected), rel=1e-4)
-
-
-def random_bundle(tmp_path_factory, name, network, std):
-    """A bundle of one network with random weights, and the network."""
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=std)
-    folder = tmp_path_factory.mktemp(name)
-    entry = NetworkEntry(type(network).__name__, config_to_dict(network.config), f"{name}.safetensors")
-    save_bundle(
-        folder,
-        BundleInfo("vae", {name: entry}, {}, license="MIT", source="test"),
-        {name: network.state_dict()},
-    )
-    return folder, network
-
-
-@pytest.fixture(scope="module")
-def structure_bundle(tmp_path_factory):
-    """A random decoder from 4³ × 4 latents to 8³ cells."""
-    config = StructureConfig(latent_channels=4, num_res_blocks=1, num_middle_blocks=1, channels=[6, 4])
-    torch.manual_seed(3)
-    return random_bundle(tmp_path_factory, "structure_decoder", StructureDecoder(config), 0.3)
 
 
 def test_the_dice_loss_is_that_of_what_one_step_to_the_data_decodes_to(dataset, structure_bundle):
@@ -333,17 +225,6 @@ def test_the_coarse_loss_needs_a_coarse_grid_and_the_true_one(stage, changes, da
 def test_the_dice_loss_needs_structure_latents_and_their_decoder(stage, changes, dataset):
     with pytest.raises(Exception, match=r"loss\.dice"):
         task_for(dataset, stage, **changes)
-
-
-@pytest.fixture(scope="module")
-def decoder_bundle(tmp_path_factory):
-    """A random decoder from latents on 8³ cells to two Gaussians each."""
-    gaussians = GaussianConfig(per_voxel=2, opacity_bias=0.5, scale_bias=0.03)
-    config = DecoderConfig(
-        resolution=8, latent_channels=4, width=16, num_blocks=1, num_heads=2, window=4, gaussians=gaussians
-    )
-    torch.manual_seed(5)
-    return random_bundle(tmp_path_factory, "decoder", Decoder(config), 0.15)
 
 
 def test_the_render_loss_is_of_what_one_step_to_the_data_looks_like(dataset, decoder_bundle):

@@ -25,6 +25,7 @@ from diff2to3.flow.tokens import ImageTokens
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.flow_augment import AugmentConfig
+from diff2to3.training.tasks.flow_generated import GeneratedObjective, StructureStage
 from diff2to3.training.tasks.flow_objective import (
     CoarseObjective,
     FlowLossConfig,
@@ -35,6 +36,7 @@ from diff2to3.training.tasks.flow_objective import (
     Tensors,
     coarsened,
     latent_member,
+    point_member,
     token_member,
     voxel_member,
 )
@@ -47,6 +49,18 @@ VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 @dataclass(frozen=True)
+class GeneratedConfig:
+    """Stage latents: to learn on voxels that a trained stage 1 generates, and not on the assets' own.
+
+    bundle     name or folder of a whole model; null for the assets' own voxels
+    threshold  the logit above which a voxel is active; below 0, there are more of them to choose from
+    """
+
+    bundle: str | None = None
+    threshold: float = 0.0
+
+
+@dataclass(frozen=True)
 class FlowDataConfig:
     """What is read, all of it made by ``diff2to3 data prepare``.
 
@@ -56,6 +70,8 @@ class FlowDataConfig:
     bundle   folder with the decoder of these latents, for pictures and scores, and with their statistics (else
              those of the training split are taken); null for neither
     augment  random changes of the condition images' latents while training; see :class:`AugmentConfig`
+    generated  see :class:`GeneratedConfig`; ``augment`` then changes what stage 1 sees, and that alone: on assets that
+               it was trained with it has to be made as unsure as it is on others
     validation_assets  how many of split ``val`` validation takes; spread evenly over the split
     """
 
@@ -66,6 +82,7 @@ class FlowDataConfig:
     validation_assets: int = 32
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    generated: GeneratedConfig = field(default_factory=GeneratedConfig)
 
 
 @dataclass(frozen=True)
@@ -112,6 +129,13 @@ class FlowRunConfig:
             raise ValueError(
                 "loss.render: needs stage latents, and data.bundle with the decoder of its latents"
             )
+        generated = self.data.generated.bundle is not None
+        if generated and not render.weight:
+            raise ValueError(
+                "data.generated: needs loss.render, for generated voxels have no latents to learn"
+            )
+        if self.loss.surface.weight and not generated:
+            raise ValueError("loss.surface: needs data.generated")
         if render.weight and render.view_set not in self.data.loader.views:
             raise ValueError(f"loss.render: needs data.loader.views with {render.view_set!r} among them")
         if self.loss.guesses and not self.model.coarse_resolution:
@@ -125,6 +149,8 @@ class FlowRunConfig:
 
 def flow_task(config: FlowRunConfig) -> FlowTask:
     """The task of a run: all of the network, or with ``loss.coarse_only`` what sees the image alone."""
+    if config.data.generated.bundle:
+        return GeneratedTask(config)
     return CoarseTask(config) if config.loss.coarse_only else FlowTask(config)
 
 
@@ -342,6 +368,47 @@ class CoarseTask(FlowTask):
     ) -> dict[str, list[float]]:
         image = objective.images(self.read(objective, store, assets))
         return self.guess_scores(objective, store, assets, image)
+
+
+class GeneratedTask(FlowTask):
+    """Stage 2 on generated voxels."""
+
+    objective_type = GeneratedObjective
+
+    def objective(self) -> FlowObjective:
+        objective = super().objective()
+        assert isinstance(objective, GeneratedObjective)
+        generated = self.config.data.generated
+        assert generated.bundle is not None
+        objective.structure = StructureStage(generated.bundle, generated.threshold)
+        return objective
+
+    def tensor_names(self) -> list[str]:
+        surface = self.config.loss.surface
+        points = [point_member(surface.points)] if surface.weight else []
+        return [token_member(self.config.data.tokens), *points]
+
+    def samples(self, objective: nn.Module, randomness: Randomness) -> dict[str, Tensor]:
+        assert isinstance(objective, GeneratedObjective) and self.judge is not None
+        store, assets = self.validation(8)
+        latents, made = self.made(objective, store, assets)
+        return {"generated": self.judge.picture(store, assets, latents, made)}
+
+    def measure(
+        self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset]
+    ) -> dict[str, list[float]]:
+        assert isinstance(objective, GeneratedObjective) and self.judge is not None
+        latents, made = self.made(objective, store, assets)
+        return self.judge.scores(store, assets, latents, made)
+
+    def made(
+        self, objective: GeneratedObjective, store: AssetStore, assets: list[PlannedAsset]
+    ) -> tuple[SparseVoxels, Tensor]:
+        """Voxels and latents (not normalised) of these assets, from one view of each, not augmented."""
+        latents = objective.image_latents(self.read(objective, store, assets))
+        generators = [Randomness(0, 0).generator(asset.id) for asset in assets]
+        voxels = objective.generated(latents, latents, generators)
+        return voxels, objective.latents.invert(voxels.feats)
 
 
 def spread(assets: list[PlannedAsset], count: int) -> list[PlannedAsset]:

@@ -29,10 +29,12 @@ from diff2to3.training.tasks.vae_objective import (
     random_backgrounds,
     sum_weighted,
 )
-from diff2to3.types import SparseVoxels
+from diff2to3.types import Gaussians, SparseVoxels
 from diff2to3.vae.losses import l1, l2
 from diff2to3.vae.structure_loss import cross_entropy, dice_loss
 
+#: Mean squared error below which the logarithm stops counting: 40 dB.
+LEAST_ERROR = 1e-4
 Statistics = dict[str, list[float]]
 #: Of a batch: "stage/member" → one dict of tensors an item.
 Tensors = dict[str, list[dict[str, Tensor]]]
@@ -45,16 +47,38 @@ class RenderLossConfig:
     weight  of all of it; 0 for none. The velocity's error counts every latent channel of every voxel alike; this
             counts what is seen. Not for items whose image is left out
     l1, l2, ssim  weights of the terms; ssim weighs 1 - SSIM. L1 and SSIM are the autoencoder's (P3.3)
+    log     weight of the decimal logarithm of a view's mean squared error, which is PSNR / -10: a part less of a
+            small error counts like a part less of a large one
     """
 
     weight: float = 0.0
     l1: float = 1.0
     l2: float = 0.0
     ssim: float = 0.2
+    log: float = 0.0
     view_set: str = "target"
 
     def __post_init__(self) -> None:
-        check_weights(self, ("weight", "l1", "l2", "ssim"), "render.")
+        check_weights(self, ("weight", "l1", "l2", "ssim", "log"), "render.")
+
+
+@dataclass(frozen=True)
+class SurfaceLossConfig:
+    """Stage latents, on generated voxels: how far Gaussians are from the asset's surface, and it from them.
+
+    weight  0 for none
+    reach   in object units: the distance at which a Gaussian counts as two thirds off; far beyond it is all the same
+    points  how many the dataset has of each surface (stage ``points_<points>``)
+    """
+
+    weight: float = 0.0
+    reach: float = 0.02
+    points: int = 2048
+
+    def __post_init__(self) -> None:
+        check_weights(self, ("weight",), "surface.")
+        if not self.reach > 0:
+            raise ValueError(f"surface.reach: expected a positive length, got {self.reach}")
 
 
 @dataclass(frozen=True)
@@ -75,6 +99,7 @@ class FlowLossConfig:
     coarse_only    only these two are learnt, by the layers before image and volume meet; a step takes a fraction of
                    the time. To begin with; then train.init_from that run, without this
     render         see :class:`RenderLossConfig`
+    surface        see :class:`SurfaceLossConfig`
     """
 
     path: PathConfig = field(default_factory=PathConfig)
@@ -84,6 +109,7 @@ class FlowLossConfig:
     fine: float = 0.0
     coarse_only: bool = False
     render: RenderLossConfig = field(default_factory=RenderLossConfig)
+    surface: SurfaceLossConfig = field(default_factory=SurfaceLossConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.image_dropout <= 1:
@@ -181,16 +207,22 @@ class FlowObjective(nn.Module):
     def sparse(self) -> bool:
         return self.latent_stage.startswith("latents_")
 
-    def images(self, tensors: Tensors, generators: Sequence[torch.Generator] | None = None) -> ImageTokens:
-        """Tokens of the normalised image latents of a batch; with an item's generator each, augmented."""
-        images = torch.stack([item["latents"].float() for item in tensors[token_member(self.token_stage)]])
-        images = self.image(images)
-        if generators is not None:
-            images = augmented(images, self.augment, generators)
-        return ImageTokens.from_latents(images, self.image_patch_size)
+    def image_latents(self, tensors: Tensors) -> Tensor:
+        """Normalised image latents [B, C, h, w] of a batch."""
+        stored = [item["latents"].float() for item in tensors[token_member(self.token_stage)]]
+        return self.image(torch.stack(stored))
+
+    def images(self, tensors: Tensors) -> ImageTokens:
+        """Tokens of a batch's images."""
+        return ImageTokens.from_latents(self.image_latents(tensors), self.image_patch_size)
+
+    def training_latents(self, batch: Any, randomness: Any) -> Tensor:
+        """Normalised image latents [B, C, h, w], augmented."""
+        generators = [randomness.generator(i, "augment") for i in batch.ids]
+        return augmented(self.image_latents(batch.tensors), self.augment, generators)
 
     def training_images(self, batch: Any, randomness: Any) -> ImageTokens:
-        return self.images(batch.tensors, [randomness.generator(i, "augment") for i in batch.ids])
+        return ImageTokens.from_latents(self.training_latents(batch, randomness), self.image_patch_size)
 
     def data(self, tensors: Tensors) -> Tensor | SparseVoxels:
         """Normalised latents of a batch."""
@@ -235,8 +267,8 @@ class FlowObjective(nn.Module):
                 loss = loss + getattr(self.loss, name) * terms[name]
         if self.loss.render.weight:
             assert isinstance(noisy, SparseVoxels)
-            made = noisy.with_feats(noisy.feats - times * velocity)
-            terms["render"] = torch.where(drop, 0.0, self.render_loss(made, batch, randomness))
+            objects = self.decoded(noisy.with_feats(noisy.feats - times * velocity))
+            terms["render"] = torch.where(drop, 0.0, self.render_loss(objects, batch, randomness))
             loss = loss + self.loss.render.weight * terms["render"]
         return {"loss": loss, **terms} if len(terms) > 1 else {"loss": loss}
 
@@ -264,19 +296,26 @@ class FlowObjective(nn.Module):
         """Dice loss [B] between what normalised latents decode to and occupancy bool [B, R, R, R]."""
         return dice_loss(self.decoder(data.device)(self.latents.invert(data).float())[:, 0], wanted)
 
-    def render_loss(self, data: SparseVoxels, batch: Any, randomness: Any) -> Tensor:
-        """Difference [B] between the batch's views and renderings of what normalised latents decode to."""
+    def decoded(self, data: SparseVoxels) -> list[Gaussians]:
+        """What normalised latents decode to."""
+        latents = data.with_feats(self.latents.invert(data.feats).float())
+        objects: list[Gaussians] = self.decoder(data.feats.device)(latents)
+        return objects
+
+    def render_loss(self, objects: Sequence[Gaussians], batch: Any, randomness: Any) -> Tensor:
+        """Difference [B] between the batch's views and renderings of ``objects``."""
         c = self.loss.render
         views = batch.views[c.view_set]
         backgrounds = random_backgrounds(batch.ids, randomness).to(views.images)
-        latents = data.with_feats(self.latents.invert(data.feats).float())
-        objects = self.decoder(data.feats.device)(latents)
         values = []
         for b, gaussians in enumerate(objects):
             own = of_asset(views, b, len(views) // len(batch.ids))
             with torch.autocast(own.images.device.type, enabled=False):
                 drawn, target = drawn_and_true(gaussians.to(dtype=torch.float32), own, backgrounds[b])
-                error = c.l1 * l1(drawn, target).mean() + c.l2 * l2(drawn, target).mean()
+                squared = l2(drawn, target)
+                error = c.l1 * l1(drawn, target).mean() + c.l2 * squared.mean()
+                if c.log:
+                    error = error + c.log * torch.log10(squared + LEAST_ERROR).mean()
                 values.append(error + c.ssim * dissimilarity(drawn, target, own.alphas))
         return torch.stack(values)
 
@@ -322,6 +361,10 @@ def latent_member(stage: str) -> str:
 
 def token_member(stage: str) -> str:
     return f"{stage}/*.safetensors"
+
+
+def point_member(count: int) -> str:
+    return f"points_{count}/points.safetensors"
 
 
 def voxel_member(resolution: int) -> str:
