@@ -179,11 +179,10 @@ class DataConfig:
                  other cameras, for models that see an image and have to know left from right
     variants     split -> how many variants of each of its assets, as assets of their own: stretched, recoloured,
                  a random half of them mirrored (see diff2to3.data.variants), with half as many views of each set
-    stages       in order: "views", "voxels", "points", "features" for all of a kind, or one such as "features_rgb"
+    stages       in order: "views", "voxels", "features" for all of a kind, or one such as "features_rgb"
     shard_size   assets a shard
     view_sets    name -> views
     resolutions  voxel grids
-    points       sets of points spread evenly over the surface: how many in each (stages ``points_<count>``)
     features     name -> features
     weights      provider -> local file or folder, or hub name, for features that do not say themselves
     """
@@ -195,12 +194,11 @@ class DataConfig:
     limits: LimitConfig = field(default_factory=LimitConfig)
     mirror: list[str] = field(default_factory=list)
     variants: dict[str, int] = field(default_factory=dict)
-    stages: list[str] = field(default_factory=lambda: ["views", "voxels", "points", "features"])
+    stages: list[str] = field(default_factory=lambda: ["views", "voxels", "features"])
     shard_size: int = 64
     render: RenderConfig = field(default_factory=RenderConfig)
     view_sets: dict[str, ViewSetConfig] = field(default_factory=dict)
     resolutions: list[int] = field(default_factory=lambda: [64])
-    points: list[int] = field(default_factory=list)
     features: dict[str, FeatureSetConfig] = field(default_factory=dict)
     latents: dict[str, LatentSetConfig] = field(default_factory=dict)
     structures: dict[str, StructureSetConfig] = field(default_factory=dict)
@@ -213,9 +211,6 @@ class DataConfig:
         for r in self.resolutions:
             if not 1 <= r <= 256:
                 raise ValueError(f"resolutions: expected numbers from 1 to 256, got {r}")
-        for count in self.points:
-            if not 1 <= count <= 1_000_000:
-                raise ValueError(f"points: expected numbers from 1 to 1000000, got {count}")
         for split, count in self.variants.items():
             if not 0 <= count <= 1000:
                 raise ValueError(f"variants.{split}: expected a number from 0 to 1000, got {count}")

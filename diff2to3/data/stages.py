@@ -3,7 +3,6 @@ members.
 
     views_<set>      mesh          -> 000.webp, 000.depth.png, ..., cameras.safetensors: viewmats, Ks
     voxels_<R>       mesh          -> coords.safetensors: coords uint8 [N, 3]
-    points_<N>       mesh          -> points.safetensors: points float16 [N, 3], spread evenly over the surface
     features_<name>  views, voxels -> <mode>.safetensors: feats float16 [N, C], num_views int16 [N]
 
 Every view set, grid and feature set is a stage of its own, so that one can be added to a dataset, or dropped
@@ -165,40 +164,6 @@ class VoxelStage:
         return Part({"coords.safetensors": save_tensors({"coords": stored})}, {"num_voxels": len(coords)})
 
 
-class PointStage:
-    """Points on the surface, drawn for each asset from (seed, asset id, their number)."""
-
-    inputs: tuple[str, ...] = ()
-
-    def __init__(self, config: DataConfig, item: str) -> None:
-        self.seed, self.count, self.name = config.seed, int(item), f"points_{item}"
-        self.source = AssetSource(config)
-
-    @staticmethod
-    def items(config: DataConfig) -> list[str]:
-        return [str(count) for count in config.points]
-
-    def settings(self) -> dict[str, Any]:
-        return {"version": 1, "count": self.count, "seed": self.seed}
-
-    def setup(self, slot: int) -> None:
-        len(self.source.catalogue)
-
-    def process(self, asset: PlannedAsset, inputs: Mapping[str, StoredAsset], clock: Clock) -> Part:
-        from diff2to3.metrics.geometry import sample_surface
-        from diff2to3.views.cameras import generator_for
-
-        with clock("load"):
-            mesh = self.source.load(asset.id)
-        with clock("sample"):
-            try:
-                points = sample_surface(mesh, self.count, generator_for(self.seed, asset.id, self.name))
-            except ValueError as error:
-                raise InputError(str(error)) from error
-        stored = points.half()  # to 1/4096 of the object's side or better
-        return Part({"points.safetensors": save_tensors({"points": stored})}, {"num_points": len(points)})
-
-
 class FeatureStage:
     """One feature set: a view set's image features lifted onto a grid, in each of its modes."""
 
@@ -271,7 +236,6 @@ class FeatureStage:
 KINDS: dict[str, Any] = {
     "views": ViewStage,
     "voxels": VoxelStage,
-    "points": PointStage,
     "features": FeatureStage,
     "latents": LatentStage,
     "structures": StructureStage,

@@ -20,15 +20,7 @@ from diff2to3.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Of the small dataset.
-STAGES = [
-    "views_input",
-    "views_cond",
-    "voxels_16",
-    "voxels_32",
-    "points_200",
-    "features_rgb",
-    "features_stats",
-]
+STAGES = ["views_input", "views_cond", "voxels_16", "voxels_32", "features_rgb", "features_stats"]
 CONFIGS = sorted((ROOT / "configs/data").glob("*.yaml"))
 
 
@@ -70,7 +62,6 @@ def test_both_presets_are_shipped_with_the_sizes_of_the_design() -> None:
             r"features\.a\.resolution: 32 is not in resolutions",
         ),
         ({"resolutions": [512]}, "1 to 256, got 512"),
-        ({"points": [0]}, "points: .*got 0"),
         ({"view_sets": {"a-b": {}}}, "'a-b': names of sets"),
         ({"weights": {"taef": "x"}}, "weights: unknown provider 'taef'"),
         ({"view_sets": {"a": {"size": 4}}}, "size: expected 8 to 4096"),

@@ -27,7 +27,7 @@ NUM_TARGETS = 11
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     """Six assets of 8³ voxels with random latents, occupancy latents, image latents of three views,
-    pictures, and points."""
+    and pictures."""
     root = tmp_path_factory.mktemp("flow-data")
     generator = torch.Generator().manual_seed(7)
     plan = [PlannedAsset(0, asset_key(f"a{i}"), f"a{i}", "val" if i == 5 else "train") for i in range(6)]
@@ -38,7 +38,6 @@ def dataset(tmp_path_factory):
         "structures_x": [],
         "tokens_x": [],
         "views_target": [],
-        "points_40": [],
     }
     viewmat, K = torch.eye(4), torch.tensor([[24.0, 0, 12], [0, 24, 12], [0, 0, 1]])
     viewmat[2, 3] = 1.5
@@ -55,8 +54,6 @@ def dataset(tmp_path_factory):
         rows = torch.stack([im["latents"] for im in images.values()]).permute(0, 2, 3, 1).flatten(0, 2)
         members["voxels_8"].append(({"coords.safetensors": {"coords": coords}}, {"num_voxels": len(coords)}))
         members["latents_x"].append(({"latents.safetensors": {"mean": mean}}, moments(mean)))
-        points = {"points": (torch.rand(40, 3, generator=generator) - 0.5).half()}
-        members["points_40"].append(({"points.safetensors": points}, {"num_points": 40}))
         members["structures_x"].append(
             ({"latents.safetensors": {"mean": dense}}, moments(dense.flatten(1).T))
         )

@@ -36,7 +36,6 @@ from diff2to3.training.tasks.flow_objective import (
     Tensors,
     coarsened,
     latent_member,
-    point_member,
     token_member,
     voxel_member,
 )
@@ -134,8 +133,6 @@ class FlowRunConfig:
             raise ValueError(
                 "data.generated: needs loss.render, for generated voxels have no latents to learn"
             )
-        if self.loss.surface.weight and not generated:
-            raise ValueError("loss.surface: needs data.generated")
         if render.weight and render.view_set not in self.data.loader.views:
             raise ValueError(f"loss.render: needs data.loader.views with {render.view_set!r} among them")
         if self.loss.guesses and not self.model.coarse_resolution:
@@ -384,9 +381,7 @@ class GeneratedTask(FlowTask):
         return objective
 
     def tensor_names(self) -> list[str]:
-        surface = self.config.loss.surface
-        points = [point_member(surface.points)] if surface.weight else []
-        return [token_member(self.config.data.tokens), *points]
+        return [token_member(self.config.data.tokens)]
 
     def samples(self, objective: nn.Module, randomness: Randomness) -> dict[str, Tensor]:
         assert isinstance(objective, GeneratedObjective) and self.judge is not None

@@ -3,7 +3,6 @@
 image ─augment─▶ stage 1 of a bundle, which stays as it is ─▶ voxels ┐
 image ──────────────────────────────────────────── noise on these ─network─▶ ẑ_0 ─decoder─▶ Gaussians
     Gaussians ─▶ renderings ↔ batch.views
-    Gaussians ↔ points on the asset's surface
 
 Generated voxels have no true latents, so there is no velocity to learn, and no path from data to noise: what is judged
 is one step from noise to Gaussians.
@@ -23,11 +22,8 @@ from diff2to3.flow.networks import predict
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.pipeline import ImageTo3D
 from diff2to3.pipeline.denoise import Conditions
-from diff2to3.training.tasks.flow_objective import FlowObjective, draw, point_member
-from diff2to3.types import Gaussians, SparseVoxels
-
-#: How many points of a surface are compared with twice as many Gaussians: of either a random choice.
-NUM_COMPARED = 1024
+from diff2to3.training.tasks.flow_objective import FlowObjective, draw
+from diff2to3.types import SparseVoxels
 
 
 class StructureStage:
@@ -65,15 +61,8 @@ class GeneratedObjective(FlowObjective):
         made = self.generated(
             self.image_latents(batch.tensors), self.training_latents(batch, randomness), generators
         )
-        objects, weights = self.decoded(made), self.loss
-        terms = {"render": self.render_loss(objects, batch, randomness)}
-        loss = weights.render.weight * terms["render"]
-        if weights.surface.weight:
-            points = [item["points"].float() for item in batch.tensors[point_member(weights.surface.points)]]
-            pairs = zip(objects, points, generators, strict=True)
-            terms["surface"] = torch.stack([surface_loss(*pair, weights.surface.reach) for pair in pairs])
-            loss = loss + weights.surface.weight * terms["surface"]
-        return {"loss": loss, **terms}
+        loss = self.render_loss(self.decoded(made), batch, randomness)
+        return {"loss": self.loss.render.weight * loss}
 
     def generated(
         self, image_latents: Tensor, seen_first: Tensor, generators: Sequence[torch.Generator]
@@ -87,24 +76,3 @@ class GeneratedObjective(FlowObjective):
         image = ImageTokens.from_latents(image_latents, self.image_patch_size)
         velocity = predict(self.network, voxels, image_latents.new_ones(len(generators)), image)
         return voxels.with_feats(noise - velocity)
-
-
-def surface_loss(gaussians: Gaussians, points: Tensor, generator: torch.Generator, reach: float) -> Tensor:
-    """Between Gaussians and ``points`` [N, 3] of a surface: the mean of f over the Gaussians, by opacity, and of f over
-    the points, and of these two the mean. f(d) = 1 - exp(-d² / reach²), for the distance d to the nearest of the
-    others: the complement of an F-score without its steps.
-    """
-    rows = choose(len(gaussians), 2 * NUM_COMPARED, generator).to(points.device)
-    means, weights = gaussians.means[rows].float(), gaussians.opacities[rows].float()
-    points = points[choose(len(points), NUM_COMPARED, generator).to(points.device)]
-    with torch.no_grad():
-        distances = torch.cdist(means, points)
-        nearest_points, nearest_means = distances.argmin(1), distances.argmin(0)
-    off = 1 - torch.exp(-(means - points[nearest_points]).square().sum(1) / reach**2)
-    missed = 1 - torch.exp(-(points - means[nearest_means]).square().sum(1) / reach**2)
-    return ((off * weights).sum() / weights.sum().clamp(min=1e-6) + missed.mean()) / 2
-
-
-def choose(total: int, count: int, generator: torch.Generator) -> Tensor:
-    """Indices of a random choice of ``count`` out of ``total``; of all, where there are no more."""
-    return torch.randperm(total, generator=generator)[:count]

@@ -63,25 +63,6 @@ class RenderLossConfig:
 
 
 @dataclass(frozen=True)
-class SurfaceLossConfig:
-    """Stage latents, on generated voxels: how far Gaussians are from the asset's surface, and it from them.
-
-    weight  0 for none
-    reach   in object units: the distance at which a Gaussian counts as two thirds off; far beyond it is all the same
-    points  how many the dataset has of each surface (stage ``points_<points>``)
-    """
-
-    weight: float = 0.0
-    reach: float = 0.02
-    points: int = 2048
-
-    def __post_init__(self) -> None:
-        check_weights(self, ("weight",), "surface.")
-        if not self.reach > 0:
-            raise ValueError(f"surface.reach: expected a positive length, got {self.reach}")
-
-
-@dataclass(frozen=True)
 class FlowLossConfig:
     """What is minimised, and how often.
 
@@ -99,7 +80,6 @@ class FlowLossConfig:
     coarse_only    only these two are learnt, by the layers before image and volume meet; a step takes a fraction of
                    the time. To begin with; then train.init_from that run, without this
     render         see :class:`RenderLossConfig`
-    surface        see :class:`SurfaceLossConfig`
     """
 
     path: PathConfig = field(default_factory=PathConfig)
@@ -109,7 +89,6 @@ class FlowLossConfig:
     fine: float = 0.0
     coarse_only: bool = False
     render: RenderLossConfig = field(default_factory=RenderLossConfig)
-    surface: SurfaceLossConfig = field(default_factory=SurfaceLossConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.image_dropout <= 1:
@@ -361,10 +340,6 @@ def latent_member(stage: str) -> str:
 
 def token_member(stage: str) -> str:
     return f"{stage}/*.safetensors"
-
-
-def point_member(count: int) -> str:
-    return f"points_{count}/points.safetensors"
 
 
 def voxel_member(resolution: int) -> str:
