@@ -217,7 +217,8 @@ class ImageTo3D:
             if stage.mirror and self.kind == "image":
                 mirrored = self.conditions(prompts, [tuple(p.mirrored() for p in own) for own in photos])
             clock.lap("condition")
-            coords = self.sample_structure(conditions, stage, generators, multi_image, progress, mirrored)
+            logits = self.structure_logits(conditions, stage, generators, multi_image, progress, mirrored)
+            coords = some_voxels(logits, stage.threshold)
             clock.lap("structure")
             stage = latent or self.latent_settings
             latents = self.sample_latents(coords, conditions, stage, generators, multi_image, progress)
@@ -285,25 +286,6 @@ class ImageTo3D:
 
     # ---- stages ----
 
-    def sample_structure(
-        self,
-        conditions: Conditions,
-        settings: StageSettings,
-        generators: Sequence[torch.Generator],
-        multi_image: str = MULTI_IMAGE_MODES[0],
-        progress: Progress | None = None,
-        mirrored: Conditions | None = None,
-    ) -> Tensor:
-        """Stage 1: active voxels [N, 4] of each item, whose noise its generator gives. ``mirrored``: of the mirrored
-        photos, for the mean of both. InputError where an item has no voxel.
-        """
-        logits = self.structure_logits(conditions, settings, generators, multi_image, progress, mirrored)
-        coords = active_voxels(logits, settings.threshold)
-        counts = torch.bincount(coords[:, 0], minlength=len(generators))
-        if int(counts.min()) == 0:
-            raise InputError("the structure stage generated no voxel for this input; try another seed")
-        return coords
-
     def structure_logits(
         self,
         conditions: Conditions,
@@ -313,7 +295,10 @@ class ImageTo3D:
         progress: Progress | None = None,
         mirrored: Conditions | None = None,
     ) -> Tensor:
-        """Stage 1 before its threshold: logits [B, 1, R, R, R]. Arguments as of :meth:`sample_structure`."""
+        """Stage 1: logits [B, 1, R, R, R] of active voxels, from noise that each item's generator gives.
+
+        ``mirrored``: of the mirrored photos, for the mean of both.
+        """
         with self.on_device(self.networks.structure_flow) as flow:
             c = flow.config
             noise = torch.cat(
@@ -369,6 +354,15 @@ class ImageTo3D:
             yield network
         finally:
             network.to("cpu")
+
+
+def some_voxels(logits: Tensor, threshold: float) -> Tensor:
+    """Active voxels [N, 4] of logits [B, 1, R, R, R]. InputError where an item has none."""
+    coords = active_voxels(logits, threshold)
+    counts = torch.bincount(coords[:, 0], minlength=len(logits))
+    if int(counts.min()) == 0:
+        raise InputError("the structure stage generated no voxel for this input; try another seed")
+    return coords
 
 
 def clone(container: Any) -> Any:

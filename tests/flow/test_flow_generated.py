@@ -13,6 +13,7 @@ from diff2to3.gaussians.render import render
 from diff2to3.metrics.image import ssim
 from diff2to3.pipeline import ImageTo3D
 from diff2to3.pipeline.denoise import Conditions
+from diff2to3.pipeline.image_to_3d import some_voxels
 from diff2to3.training.run import main
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.flow import FlowRunConfig, flow_task
@@ -27,8 +28,8 @@ def test_voxels_are_those_that_generation_makes_without_guidance(load_source, tm
     folder = tiny.write_generator(tmp_path / "model")
     latents = torch.randn(3, tiny.CHANNELS, 8, 8, generator=torch.Generator().manual_seed(0))
     model = ImageTo3D.from_pretrained(str(folder))
-    settings = replace(model.structure_settings, guidance_scale=1.0, threshold=0.3)
-    wanted = model.sample_structure(Conditions((latents,)), settings, generators())
+    settings = replace(model.structure_settings, guidance_scale=1.0)
+    wanted = some_voxels(model.structure_logits(Conditions((latents,)), settings, generators()), 0.3)
     torch.testing.assert_close(StructureStage(str(folder), 0.3)(latents, generators()), wanted)
     most = StructureStage(str(folder), 1e9)(latents, generators())
     assert most[:, 0].tolist() == [0, 1, 2]  # no item without a voxel
@@ -36,6 +37,11 @@ def test_voxels_are_those_that_generation_makes_without_guidance(load_source, tm
 
 def generators():
     return [torch.Generator().manual_seed(k) for k in range(3)]
+
+
+def packed(cells):
+    """Coordinates [N, 4] of a batch, from each item's cells [n, 3]."""
+    return torch.cat([torch.nn.functional.pad(c, (1, 0), value=k) for k, c in enumerate(cells)]).int()
 
 
 CHANGES = {
@@ -58,7 +64,7 @@ def test_the_loss_is_of_one_step_from_noise_on_the_voxels_it_is_given(dataset, d
 
     def structure(latents, drawn):
         seen.append(latents)
-        return torch.cat([torch.nn.functional.pad(c, (1, 0), value=k) for k, c in enumerate(cells)]).int()
+        return packed(cells)
 
     objective.structure = structure
     batch, randomness = next(iter(task.loader(0, 0, 1))), Randomness(3, 4)
@@ -70,7 +76,7 @@ def test_the_loss_is_of_one_step_from_noise_on_the_voxels_it_is_given(dataset, d
     with torch.no_grad():
         for k, asset in enumerate(batch.ids):
             noise = torch.randn(len(cells[k]), 4, generator=randomness.generator(asset, "flow"))
-            voxels = SparseVoxels.from_coords(torch.nn.functional.pad(cells[k], (1, 0)).int(), noise, 8)
+            voxels = SparseVoxels.from_coords(packed([cells[k]]), noise, 8)
             velocity = objective.network(voxels, torch.ones(1), ImageTokens.from_latents(plain[k : k + 1], 2))
             made = (noise - velocity) * objective.latents.std + objective.latents.mean
             (gaussians,) = decoder(voxels.with_feats(made))
@@ -91,7 +97,7 @@ def test_a_run_trains_validates_and_exports(dataset, decoder_bundle, tmp_path, m
     ball = grid[(grid - 3.5).square().sum(1) < 9]
 
     def structure(self, latents, drawn):
-        return torch.cat([torch.nn.functional.pad(ball, (1, 0), value=k) for k in range(len(latents))]).int()
+        return packed([ball] * len(latents))
 
     monkeypatch.setattr(StructureStage, "__call__", structure)
     changes = {

@@ -8,11 +8,7 @@ import pytest
 import torch
 from flow_runs import arguments, task_for
 
-from diff2to3.checkpoint import (
-    load_strictly,
-    read_bundle,
-    read_tensors,
-)
+from diff2to3.checkpoint import load_strictly, read_bundle, read_tensors
 from diff2to3.config import config_from_dict, load_config
 from diff2to3.flow.networks import NETWORKS
 from diff2to3.flow.tokens import ImageTokens

@@ -186,13 +186,10 @@ def test_the_sampler_that_is_asked_for_runs(tiny, model):
 
 
 def test_a_lower_threshold_adds_voxels_to_the_same_structure(tiny, model):
-    generators = [torch.Generator().manual_seed(3)]
-    conditions = model.conditions([tiny.photo()], [(model.photo(tiny.photo()),)])
-
     def voxels(threshold):
         settings = replace(model.structure_settings, threshold=threshold)
-        generators[0].manual_seed(3)
-        return {tuple(row) for row in model.sample_structure(conditions, settings, generators).tolist()}
+        made = model(tiny.photo(), seed=3, structure=settings)
+        return {tuple(row) for row in made.latents.coords[:, 1:].tolist()}
 
     least, usual, most = voxels(0.05), voxels(0.0), voxels(-1e6)
     assert least < usual < most and len(most) == 16**3

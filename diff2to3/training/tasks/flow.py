@@ -145,8 +145,10 @@ class FlowRunConfig:
 
 
 def flow_task(config: FlowRunConfig) -> FlowTask:
-    """The task of a run: all of the network, or with ``loss.coarse_only`` what sees the image alone."""
-    if config.data.generated.bundle:
+    """The task of a run: all of the network; with ``loss.coarse_only`` what sees the image alone; with
+    ``data.generated`` stage 2 on generated voxels.
+    """
+    if config.data.generated.bundle is not None:
         return GeneratedTask(config)
     return CoarseTask(config) if config.loss.coarse_only else FlowTask(config)
 
@@ -274,10 +276,15 @@ class FlowTask:
         if self.judge is None:
             return {}
         store, assets = self.validation(8)
+        return {"generated": self.judge.picture(store, assets, *self.made(objective, store, assets))}
+
+    def made(
+        self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset]
+    ) -> tuple[Tensor | SparseVoxels, Tensor]:
+        """What gives shape and voxels, and generated latents (not normalised), from one view of each asset."""
         tensors = self.read(objective, store, assets)
-        latents, image = objective.data(tensors), objective.images(tensors)
-        made = self.generate(objective, latents, image)
-        return {"generated": self.judge.picture(store, assets, latents, made)}
+        latents = objective.data(tensors)
+        return latents, self.generate(objective, latents, objective.images(tensors))
 
     def validate(self, objective: nn.Module) -> dict[str, float]:
         """Means over the validation's assets."""
@@ -383,23 +390,17 @@ class GeneratedTask(FlowTask):
     def tensor_names(self) -> list[str]:
         return [token_member(self.config.data.tokens)]
 
-    def samples(self, objective: nn.Module, randomness: Randomness) -> dict[str, Tensor]:
-        assert isinstance(objective, GeneratedObjective) and self.judge is not None
-        store, assets = self.validation(8)
-        latents, made = self.made(objective, store, assets)
-        return {"generated": self.judge.picture(store, assets, latents, made)}
-
     def measure(
         self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset]
     ) -> dict[str, list[float]]:
-        assert isinstance(objective, GeneratedObjective) and self.judge is not None
-        latents, made = self.made(objective, store, assets)
-        return self.judge.scores(store, assets, latents, made)
+        assert self.judge is not None
+        return self.judge.scores(store, assets, *self.made(objective, store, assets))
 
     def made(
-        self, objective: GeneratedObjective, store: AssetStore, assets: list[PlannedAsset]
-    ) -> tuple[SparseVoxels, Tensor]:
-        """Voxels and latents (not normalised) of these assets, from one view of each, not augmented."""
+        self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset]
+    ) -> tuple[Tensor | SparseVoxels, Tensor]:
+        """On generated voxels; nothing is augmented."""
+        assert isinstance(objective, GeneratedObjective)
         latents = objective.image_latents(self.read(objective, store, assets))
         generators = [Randomness(0, 0).generator(asset.id) for asset in assets]
         voxels = objective.generated(latents, latents, generators)

@@ -24,6 +24,7 @@ from diff2to3.pipeline import ImageTo3D
 from diff2to3.pipeline.denoise import Conditions
 from diff2to3.training.tasks.flow_objective import FlowObjective, draw
 from diff2to3.types import SparseVoxels
+from diff2to3.vae.sparse_structure import active_voxels
 
 
 class StructureStage:
@@ -40,9 +41,9 @@ class StructureStage:
         """
         model = load_model(self.source, image_latents.device)
         settings = replace(model.structure_settings, guidance_scale=1.0)
-        logits = model.structure_logits(Conditions((image_latents,)), settings, generators)[:, 0]
-        highest = logits.amax((1, 2, 3), keepdim=True)
-        return torch.nonzero((logits > self.threshold) | (logits == highest)).to(torch.int32)
+        logits = model.structure_logits(Conditions((image_latents,)), settings, generators)
+        highest = logits.amax((1, 2, 3, 4), keepdim=True)
+        return active_voxels(logits.masked_fill(logits == highest, torch.inf), self.threshold)
 
 
 @lru_cache(maxsize=1)
@@ -58,9 +59,8 @@ class GeneratedObjective(FlowObjective):
 
     def forward(self, batch: Any, randomness: Any) -> dict[str, Tensor]:
         generators = [randomness.generator(i, "flow") for i in batch.ids]
-        made = self.generated(
-            self.image_latents(batch.tensors), self.training_latents(batch, randomness), generators
-        )
+        latents = self.image_latents(batch.tensors)
+        made = self.generated(latents, self.augmented(latents, batch, randomness), generators)
         loss = self.render_loss(self.decoded(made), batch, randomness)
         return {"loss": self.loss.render.weight * loss}
 

@@ -195,13 +195,14 @@ class FlowObjective(nn.Module):
         """Tokens of a batch's images."""
         return ImageTokens.from_latents(self.image_latents(tensors), self.image_patch_size)
 
-    def training_latents(self, batch: Any, randomness: Any) -> Tensor:
-        """Normalised image latents [B, C, h, w], augmented."""
+    def augmented(self, image_latents: Tensor, batch: Any, randomness: Any) -> Tensor:
+        """A batch's normalised image latents, changed at random."""
         generators = [randomness.generator(i, "augment") for i in batch.ids]
-        return augmented(self.image_latents(batch.tensors), self.augment, generators)
+        return augmented(image_latents, self.augment, generators)
 
     def training_images(self, batch: Any, randomness: Any) -> ImageTokens:
-        return ImageTokens.from_latents(self.training_latents(batch, randomness), self.image_patch_size)
+        latents = self.augmented(self.image_latents(batch.tensors), batch, randomness)
+        return ImageTokens.from_latents(latents, self.image_patch_size)
 
     def data(self, tensors: Tensors) -> Tensor | SparseVoxels:
         """Normalised latents of a batch."""
