@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from diff2to3.errors import InputError
 from diff2to3.flow.framing import Framing
+from diff2to3.gaussians import combine
+from diff2to3.gaussians.combine import superposed
 from diff2to3.pipeline.denoise import (
     MULTI_IMAGE_MODES,
     Conditions,
@@ -78,7 +80,8 @@ class Normalization:
 class Result:
     """One generated object.
 
-    latents  as the decoder takes them
+    latents  as the decoder takes them; with ``mirror`` in stage 2 those of the photo as it is, not those of its mirror
+             image, whose Gaussians are there as well
     seconds  by stage; of the whole batch where several objects were generated at once
     photos   what the model saw; none for texts
     """
@@ -211,20 +214,27 @@ class ImageTo3D:
         with torch.inference_mode():
             photos = [self.photos(prompt, prepare, background_removal) for prompt in prompts]
             clock.lap("photos")
-            stage = structure or self.structure_settings
+            first, second = structure or self.structure_settings, latent or self.latent_settings
             conditions = self.conditions(prompts, photos)
             mirrored = None
-            if stage.mirror and self.kind == "image":
+            if (first.mirror or second.mirror) and self.kind == "image":
                 mirrored = self.conditions(prompts, [tuple(p.mirrored() for p in own) for own in photos])
             clock.lap("condition")
-            logits = self.structure_logits(conditions, stage, generators, multi_image, progress, mirrored)
-            coords = some_voxels(logits, stage.threshold)
+            options = (generators, multi_image, progress)
+            logits = self.structure_logits(conditions, first, *options, mirrored if first.mirror else None)
+            coords = some_voxels(logits, first.threshold)
             clock.lap("structure")
-            stage = latent or self.latent_settings
-            latents = self.sample_latents(coords, conditions, stage, generators, multi_image, progress)
+            latents = self.sample_latents(coords, conditions, second, *options)
+            others = None
+            if second.mirror and mirrored is not None:
+                across = some_voxels(logits.flip(2), first.threshold)
+                others = self.sample_latents(across, mirrored, second, *options)
             clock.lap("latents")
             with self.on_device(self.networks.decoder) as decoder:
                 gaussians = decoder(latents)
+                if others is not None:
+                    pairs = zip(gaussians, decoder(others), strict=True)
+                    gaussians = [superposed([seen, combine.mirrored(other)]) for seen, other in pairs]
             clock.lap("decode")
         # clones are ordinary tensors: what inference mode made cannot take part in autograd
         made = zip(gaussians, latents.unbind(), seeds, photos, strict=True)
