@@ -194,11 +194,11 @@ def generate(setup: Setup, photo: Views, seed: int) -> tuple[Shown, dict[str, An
         nothing = Shown(blank, None, torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int32))
         return nothing, {"seconds": None, "num_voxels": 0, "num_gaussians": 0, "nothing": str(error)}
     fits = made.latents.resolution == setup.resolution
-    shown = show_gaussians(setup, made.gaussians, made.latents.coords[:, 1:] if fits else None, seed)
+    shown = show_gaussians(setup, made.gaussians, made.coords if fits else None, seed)
     seconds = round(sum(made.seconds.values()), 3)
     return shown, {
         "seconds": seconds,
-        "num_voxels": len(made.latents),
+        "num_voxels": len(made.coords),
         "num_gaussians": len(made.gaussians),
     }
 

@@ -48,9 +48,10 @@ class StageSettings:
     sampler            one of diff2to3.flow.samplers.SAMPLERS
     threshold          structure only: the decoder's logit above which a voxel is active. Below 0, a model that is
                        not sure of a surface leaves fewer holes in it
-    mirror             from images only: generate from the mirrored photo too, and mirror that back. Of two structures
-                       the mean of the logits is taken; of two sets of Gaussians both, each half as dense. For models
-                       that were trained on mirrored assets; it takes twice the time
+    mirror             from images only: generate from the mirrored photo too, and mirror that back. Structure: the mean
+                       of both logits. Latents: the Gaussians of both, each half as dense, on one structure if that has
+                       ``mirror``, else each on its own. For models that were trained on mirrored assets; it takes
+                       twice the time
     """
 
     num_steps: int = 25

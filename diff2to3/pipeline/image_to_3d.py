@@ -80,14 +80,15 @@ class Normalization:
 class Result:
     """One generated object.
 
-    latents  as the decoder takes them; with ``mirror`` in stage 2 those of the photo as it is, not those of its mirror
-             image, whose Gaussians are there as well
+    latents  as the decoder takes them; with ``mirror`` in stage 2 those of the photo as it is, not of its mirror image
+    coords   int32 [M, 3], sorted: the active voxels, of the mirror image's structure, too
     seconds  by stage; of the whole batch where several objects were generated at once
     photos   what the model saw; none for texts
     """
 
     gaussians: Gaussians
     latents: SparseVoxels
+    coords: Tensor
     seed: int
     seconds: dict[str, float] = field(default_factory=dict)
     photos: tuple[Photo, ...] = ()
@@ -227,7 +228,8 @@ class ImageTo3D:
             latents = self.sample_latents(coords, conditions, second, *options)
             others = None
             if second.mirror and mirrored is not None:
-                across = some_voxels(logits.flip(2), first.threshold)
+                seen = logits.flip(2) if first.mirror else self.structure_logits(mirrored, first, *options)
+                across = active_voxels(with_one_active(seen), first.threshold)
                 others = self.sample_latents(across, mirrored, second, *options)
             clock.lap("latents")
             with self.on_device(self.networks.decoder) as decoder:
@@ -237,8 +239,16 @@ class ImageTo3D:
                     gaussians = [superposed([seen, combine.mirrored(other)]) for seen, other in pairs]
             clock.lap("decode")
         # clones are ordinary tensors: what inference mode made cannot take part in autograd
-        made = zip(gaussians, latents.unbind(), seeds, photos, strict=True)
-        return [Result(clone(g), clone(z), seed, dict(clock.seconds), p) for g, z, seed, p in made]
+        own = latents.unbind()
+        active = [z.coords[:, 1:] for z in own]
+        if others is not None:
+            other = [mirrored_coords(z.coords[:, 1:], z.resolution) for z in others.unbind()]
+            active = [torch.cat(pair).unique(dim=0) for pair in zip(active, other, strict=True)]
+        made = zip(gaussians, own, active, seeds, photos, strict=True)
+        return [
+            Result(clone(g), clone(z), coords.clone(), seed, dict(clock.seconds), p)
+            for g, z, coords, seed, p in made
+        ]
 
     # ---- conditions ----
 
@@ -373,6 +383,18 @@ def some_voxels(logits: Tensor, threshold: float) -> Tensor:
     if int(counts.min()) == 0:
         raise InputError("the structure stage generated no voxel for this input; try another seed")
     return coords
+
+
+def with_one_active(logits: Tensor) -> Tensor:
+    """The same logits [B, 1, R, R, R], but an item's highest is infinite."""
+    highest = logits.amax((1, 2, 3, 4), keepdim=True)
+    return logits.masked_fill(logits == highest, torch.inf)
+
+
+def mirrored_coords(coords: Tensor, resolution: int) -> Tensor:
+    """Voxels [N, 3] as a mirror at x = 0 shows them."""
+    x, y, z = coords.unbind(1)
+    return torch.stack([resolution - 1 - x, y, z], 1)
 
 
 def clone(container: Any) -> Any:

@@ -136,7 +136,7 @@ class Writer:
             "seed": result.seed,
             "background_removal": [photo.method for photo in result.photos],
             "warnings": list(result.notes),
-            "num_voxels": len(result.latents),
+            "num_voxels": len(result.coords),
             "num_gaussians": len(result.gaussians),
             "files": names,
             "seconds": {**rounded, "total": round(sum(seconds.values()), 3)},

@@ -390,9 +390,8 @@ def test_a_model_bundle_is_run_on_the_photo(program, toys4k, tiny, tmp_path, mon
             gaussians = Gaussians(
                 torch.zeros(1, 3), torch.eye(4)[:1], one.expand(1, 3) / 5, one, torch.ones(1, 1, 3)
             )
-            return Result(
-                gaussians, SparseVoxels.from_coords(torch.zeros(0, 4).int(), torch.zeros(0, 1), 4), seed
-            )
+            none = SparseVoxels.from_coords(torch.zeros(0, 4).int(), torch.zeros(0, 1), 4)
+            return Result(gaussians, none, none.coords[:, 1:], seed)
 
     monkeypatch.setattr(ImageTo3D, "from_pretrained", staticmethod(lambda folder, **options: Model()))
     bundle = tmp_path / "bundle"

@@ -58,7 +58,7 @@ def test_one_photo(generate, bundles, photos, model, tmp_path, capsys):
     metadata = metadata_of(out)
     expected = model(Image.open(photos[0]), seed=3)
     assert metadata["seed"] == 3 and metadata["input"] == [str(photos[0])] and set(metadata["files"]) == files
-    assert metadata["num_voxels"] == len(expected.latents)
+    assert metadata["num_voxels"] == len(expected.coords)
     assert metadata["num_gaussians"] == len(expected.gaussians)
     assert metadata["model"] == str(bundles["smdit"]) and metadata["frame"] == "right-handed, z up"
     assert metadata["structure"]["num_steps"] == 3 and metadata["latent"]["guidance_scale"] == 1.5

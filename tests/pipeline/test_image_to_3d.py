@@ -172,33 +172,61 @@ def test_mirror_is_the_mean_with_the_mirrored_photo_s_structure_mirrored_back(ti
 
 
 def test_mirror_of_the_latents_adds_the_mirrored_photo_s_gaussians_mirrored_back(tiny, model):
-    """On the structure mirrored, each half as dense; and each item of a batch is what it is alone."""
-    stage = replace(model.latent_settings, mirror=True)
+    """Each on its own structure, half as dense; and each item of a batch is what it is alone."""
+    first, stage = model.structure_settings, replace(model.latent_settings, mirror=True)
     plain, made = (model(tiny.photo(), seed=1, latent=s) for s in (model.latent_settings, stage))
     count = len(plain.gaussians)
-    assert len(made.gaussians) == 2 * count and torch.equal(made.latents.coords, plain.latents.coords)
+    assert torch.equal(made.latents.coords, plain.latents.coords)
     assert torch.equal(made.latents.feats, plain.latents.feats)
+    assert torch.equal(plain.coords, plain.latents.coords[:, 1:])
     assert torch.equal(made.gaussians.means[:count], plain.gaussians.means)
     opacities = 1 - (1 - made.gaussians.opacities[:count]) ** 2
     torch.testing.assert_close(opacities, plain.gaussians.opacities, rtol=0, atol=1e-5)
 
     photo = model.photo(tiny.photo()).mirrored()
-    coords = plain.latents.coords * torch.tensor([1, -1, 1, 1]) + torch.tensor([0, 15, 0, 0])
-    coords = coords[torch.argsort((coords[:, 1] * 16 + coords[:, 2]) * 16 + coords[:, 3])].int()
     generator = torch.Generator().manual_seed(1)
-    shape = model.networks.structure_flow.config
-    torch.randn(1, shape.in_channels, *(shape.resolution,) * 3, generator=generator)
-    torch.randn(len(coords), model.networks.latent_flow.config.in_channels, generator=generator)
     with torch.no_grad():
         conditions = model.conditions([photo], [(photo,)])
+        model.structure_logits(conditions, first, [generator])  # noise is drawn in this order
+        torch.randn(plain.latents.feats.shape, generator=generator)
+        logits = model.structure_logits(conditions, first, [generator])
+        coords = (logits[:, 0] > first.threshold).nonzero().int()
         latents = model.sample_latents(coords, conditions, model.latent_settings, [generator])
         (other,) = model.networks.decoder(latents)
+    assert len(made.gaussians) == count + len(other)
     means = other.means * torch.tensor([-1.0, 1.0, 1.0])
     torch.testing.assert_close(made.gaussians.means[count:], means, rtol=0, atol=1e-5)
     torch.testing.assert_close(made.gaussians.sh[count:], other.sh, rtol=0, atol=1e-5)
+    back = {(15 - x, y, z) for _, x, y, z in coords.tolist()}
+    own = {tuple(row) for row in plain.coords.tolist()}
+    assert {tuple(row) for row in made.coords.tolist()} == own | back != own
+    assert len(made.coords) == len(own | back)
 
     _, again = model.batch([tiny.photo(1), tiny.photo()], [2, 1], latent=stage)
     assert difference(again, made) < 1e-5
+
+
+def test_both_mirrors_share_one_structure(tiny, model):
+    first, second = (replace(s, mirror=True) for s in (model.structure_settings, model.latent_settings))
+    mean = model(tiny.photo(), seed=1, structure=first)
+    made = model(tiny.photo(), seed=1, structure=first, latent=second)
+    assert torch.equal(made.coords, mean.coords) and len(made.gaussians) == 2 * len(mean.gaussians)
+
+
+def test_a_mirror_image_without_voxels_gets_one(tiny, model, monkeypatch):
+    """Nothing of it is lost, as long as the photo itself has some."""
+    logits, calls = model.structure_logits, []
+
+    def nothing_second(*args, **kwargs):
+        calls.append(args)
+        made = logits(*args, **kwargs)
+        return made if len(calls) == 1 else made - 1e6
+
+    monkeypatch.setattr(model, "structure_logits", nothing_second)
+    plain = model(tiny.photo(), seed=1)
+    calls.clear()
+    made = model(tiny.photo(), seed=1, latent=replace(model.latent_settings, mirror=True))
+    assert len(made.gaussians) - len(plain.gaussians) == len(plain.gaussians) // len(plain.latents)
 
 
 def test_the_sampler_that_is_asked_for_runs(tiny, model):

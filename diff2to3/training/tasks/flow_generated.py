@@ -22,6 +22,7 @@ from diff2to3.flow.networks import predict
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.pipeline import ImageTo3D
 from diff2to3.pipeline.denoise import Conditions
+from diff2to3.pipeline.image_to_3d import with_one_active
 from diff2to3.training.tasks.flow_objective import FlowObjective, draw
 from diff2to3.types import SparseVoxels
 from diff2to3.vae.sparse_structure import active_voxels
@@ -42,8 +43,7 @@ class StructureStage:
         model = load_model(self.source, image_latents.device)
         settings = replace(model.structure_settings, guidance_scale=1.0)
         logits = model.structure_logits(Conditions((image_latents,)), settings, generators)
-        highest = logits.amax((1, 2, 3, 4), keepdim=True)
-        return active_voxels(logits.masked_fill(logits == highest, torch.inf), self.threshold)
+        return active_voxels(with_one_active(logits), self.threshold)
 
 
 @lru_cache(maxsize=1)
