@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from diff2to3.errors import InputError
 from diff2to3.flow.framing import Framing
 from diff2to3.gaussians import combine
-from diff2to3.gaussians.combine import superposed
 from diff2to3.pipeline.denoise import (
     MULTI_IMAGE_MODES,
     Conditions,
@@ -28,7 +27,7 @@ from diff2to3.pipeline.denoise import (
 from diff2to3.pipeline.photos import Photo, as_it_is, frame_cut_out, frame_like_trellis, prepare
 from diff2to3.types import Gaussians, SparseVoxels
 from diff2to3.vae.decoder import Decoder
-from diff2to3.vae.sparse_structure import StructureDecoder, active_voxels
+from diff2to3.vae.sparse_structure import StructureDecoder, active_voxels, with_one_active
 
 #: A photo, several photos of one object, or a text.
 Prompt = Image.Image | Photo | Sequence[Image.Image | Photo] | str
@@ -228,26 +227,23 @@ class ImageTo3D:
             latents = self.sample_latents(coords, conditions, second, *options)
             others = None
             if second.mirror and mirrored is not None:
-                seen = logits.flip(2) if first.mirror else self.structure_logits(mirrored, first, *options)
-                across = active_voxels(with_one_active(seen), first.threshold)
-                others = self.sample_latents(across, mirrored, second, *options)
+                across = logits.flip(2) if first.mirror else self.structure_logits(mirrored, first, *options)
+                across = with_one_active(across)
+                found = active_voxels(across, first.threshold)
+                others = self.sample_latents(found, mirrored, second, *options)
+                coords = active_voxels(torch.maximum(logits, across.flip(2)), first.threshold)
             clock.lap("latents")
             with self.on_device(self.networks.decoder) as decoder:
                 gaussians = decoder(latents)
                 if others is not None:
                     pairs = zip(gaussians, decoder(others), strict=True)
-                    gaussians = [superposed([seen, combine.mirrored(other)]) for seen, other in pairs]
+                    gaussians = [combine.superposed([g, combine.mirrored(other)]) for g, other in pairs]
             clock.lap("decode")
         # clones are ordinary tensors: what inference mode made cannot take part in autograd
-        own = latents.unbind()
-        active = [z.coords[:, 1:] for z in own]
-        if others is not None:
-            other = [mirrored_coords(z.coords[:, 1:], z.resolution) for z in others.unbind()]
-            active = [torch.cat(pair).unique(dim=0) for pair in zip(active, other, strict=True)]
-        made = zip(gaussians, own, active, seeds, photos, strict=True)
+        active = coords[:, 1:].split(torch.bincount(coords[:, 0], minlength=len(seeds)).tolist())
+        made = zip(gaussians, latents.unbind(), active, seeds, photos, strict=True)
         return [
-            Result(clone(g), clone(z), coords.clone(), seed, dict(clock.seconds), p)
-            for g, z, coords, seed, p in made
+            Result(clone(g), clone(z), c.clone(), seed, dict(clock.seconds), p) for g, z, c, seed, p in made
         ]
 
     # ---- conditions ----
@@ -383,18 +379,6 @@ def some_voxels(logits: Tensor, threshold: float) -> Tensor:
     if int(counts.min()) == 0:
         raise InputError("the structure stage generated no voxel for this input; try another seed")
     return coords
-
-
-def with_one_active(logits: Tensor) -> Tensor:
-    """The same logits [B, 1, R, R, R], but an item's highest is infinite."""
-    highest = logits.amax((1, 2, 3, 4), keepdim=True)
-    return logits.masked_fill(logits == highest, torch.inf)
-
-
-def mirrored_coords(coords: Tensor, resolution: int) -> Tensor:
-    """Voxels [N, 3] as a mirror at x = 0 shows them."""
-    x, y, z = coords.unbind(1)
-    return torch.stack([resolution - 1 - x, y, z], 1)
 
 
 def clone(container: Any) -> Any:

@@ -168,3 +168,9 @@ def active_voxels(logits: Tensor, threshold: float = 0.0) -> Tensor:
     if logits.ndim != 5 or logits.shape[1] != 1:
         raise ValueError(f"logits: expected [B, 1, R, R, R], got {list(logits.shape)}")
     return torch.nonzero(logits[:, 0] > threshold).to(torch.int32)
+
+
+def with_one_active(logits: Tensor) -> Tensor:
+    """The same logits [B, 1, R, R, R], but an item's highest is infinite."""
+    highest = logits.amax((1, 2, 3, 4), keepdim=True)
+    return logits.masked_fill(logits == highest, torch.inf)

@@ -22,10 +22,9 @@ from diff2to3.flow.networks import predict
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.pipeline import ImageTo3D
 from diff2to3.pipeline.denoise import Conditions
-from diff2to3.pipeline.image_to_3d import with_one_active
 from diff2to3.training.tasks.flow_objective import FlowObjective, draw
 from diff2to3.types import SparseVoxels
-from diff2to3.vae.sparse_structure import active_voxels
+from diff2to3.vae.sparse_structure import active_voxels, with_one_active
 
 
 class StructureStage:
