@@ -27,6 +27,8 @@ from diff2to3.errors import InputError
 from diff2to3.files import write_atomic
 
 MODEL_FILE = "model.json"
+#: Names of the network that encodes condition pictures, and of the one that does so for stage 1 alone.
+IMAGE_ENCODER, STRUCTURE_IMAGE_ENCODER = "image_encoder", "structure_image_encoder"
 FORMAT = "diff2to3-bundle"
 VERSION = 1
 

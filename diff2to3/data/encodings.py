@@ -2,7 +2,8 @@
 
     latents_<name>     features, voxels -> latents.safetensors: mean, logvar float16 [N, C]
     structures_<name>  voxels           -> latents.safetensors: mean, logvar float16 [C, r, r, r]
-    tokens_<name>      views            -> 000.safetensors, ...: latents float16 [C, h, w], one member a view
+    tokens_<name>      views            -> 000.safetensors, ...: latents float16 [C, h, w], one member a view (of the
+                                           bundle's image_encoder, or of its structure_image_encoder)
 
 Each notes the sums and squares of every channel, so that statistics over the dataset are at hand without
 reading a shard. A bundle whose networks changed is another stage: give it another name, or delete the folder.
@@ -19,6 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from diff2to3.checkpoint import (
+    IMAGE_ENCODER,
     MODEL_FILE,
     NetworkEntry,
     file_sha256,
@@ -70,6 +72,7 @@ class BundleStage:
 
 def build_encoder(entry: NetworkEntry, origin: str) -> nn.Module:
     """An encoder by its type in ``model.json``. Raises InputError for any other type."""
+    from diff2to3.flow.efficientnet import EfficientNetConfig, EfficientNetLite
     from diff2to3.vae.config import EncoderConfig, StructureConfig
     from diff2to3.vae.encoder import Encoder
     from diff2to3.vae.sparse_structure import StructureEncoder
@@ -79,6 +82,7 @@ def build_encoder(entry: NetworkEntry, origin: str) -> nn.Module:
         "Encoder": (EncoderConfig, Encoder),
         "StructureEncoder": (StructureConfig, StructureEncoder),
         "MiniEncoder": (MiniEncoderConfig, MiniEncoder),
+        "EfficientNetLite": (EfficientNetConfig, EfficientNetLite),
     }
     if entry.type not in known:
         raise InputError(f"{origin}: type {entry.type!r} is none of {', '.join(known)}")
@@ -175,10 +179,9 @@ class StructureStage(BundleStage):
 class TokenStage(BundleStage):
     """Image latents of the condition views."""
 
-    network_name = "image_encoder"
-
     def __init__(self, config: DataConfig, item: str) -> None:
         self.name, self.chosen = f"tokens_{item}", config.tokens[item]
+        self.network_name = self.chosen.network
         super().__init__(self.chosen.bundle)
         views = self.chosen.views
         if views not in config.view_sets:
@@ -198,6 +201,8 @@ class TokenStage(BundleStage):
             "margin": self.chosen.margin,
             "size": self.size,
             "background": self.chosen.background,
+            # not where it is the usual one, whose data sets are older than the choice
+            **({} if self.network_name == IMAGE_ENCODER else {"network": self.network_name}),
             "encoder": self.fingerprint(),
         }
 

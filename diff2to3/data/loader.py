@@ -43,7 +43,8 @@ class LoaderConfig:
     depths                read depth with the views, where it is stored (not together with view_size)
     occupancy             resolutions of dense occupancy grids
     tensors               "stage/member" to read as it is, for stages this module does not know; of several
-                          members ("stage/*.safetensors") a random one an asset
+                          members ("stage/*.safetensors") a random one an asset, the same of every stage that
+                          is asked for with the same pattern and has the same members
     max_voxels_per_batch  voxels a rank and step at most
     max_assets_per_batch  assets a rank and step at most; null for no limit
     max_voxels_per_asset  larger assets are left out, and counted; null for the batch's limit
@@ -289,7 +290,7 @@ class _BatchReader(Dataset[Batch]):
         )
 
     def _tensors(self, item: tuple[int, int], name: str) -> dict[str, Tensor]:
-        """A member, or one of those that match, drawn from (seed, epoch, asset, name) alone."""
+        """A member, or one of those that match, drawn from (seed, epoch, asset, pattern) alone."""
         epoch, index = item
         stage, _, member = name.partition("/")
         stored = self.store.open(self.assets[index], stage)
@@ -297,7 +298,7 @@ class _BatchReader(Dataset[Batch]):
             members = sorted(fnmatch.filter(stored.entry.members, member))
             if not members:
                 raise InputError(f"{stored.tar}: {stored.entry.id} has no member {member!r}")
-            salt = [ord(c) for c in name]
+            salt = [ord(c) for c in member]
             member = str(np.random.default_rng([self.seed, epoch, index, *salt]).choice(members))
         return stored.tensors(member)
 

@@ -135,7 +135,8 @@ class StructureSetConfig:
 class TokenSetConfig:
     """One set of image latents of the views that generation is conditioned on.
 
-    bundle      folder of a bundle with the network ``image_encoder``
+    bundle      folder of a bundle with that network
+    network     image_encoder; or structure_image_encoder, for a stage 1 that has an encoder of its own
     views       the view set
     num_views   the first so many of each asset's; null for all
     margin      side of the picture over the longer side of the object's box in it: views are cropped to the object
@@ -145,6 +146,7 @@ class TokenSetConfig:
     """
 
     bundle: str = MISSING
+    network: str = "image_encoder"
     views: str = "cond"
     num_views: int | None = None
     margin: float | None = 1.2

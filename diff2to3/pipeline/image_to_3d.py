@@ -44,6 +44,14 @@ class Networks:
 
 
 @dataclass(frozen=True)
+class StageConditions:
+    """What either stage is conditioned on; the same where stage 1 has no encoder of its own."""
+
+    structure: Conditions
+    latent: Conditions
+
+
+@dataclass(frozen=True)
 class Normalization:
     """(x − mean) / std, a channel: what the velocity networks see of latents, and of the condition's."""
 
@@ -103,9 +111,10 @@ class ImageTo3D:
 
     kind       what it is conditioned on: "image" or "text"
     conditioner  pictures [B, 3, S, S] → tokens [B, L, C] or latents [B, C, h, w], or a list of texts → tokens
+    structure_conditioner  the same for stage 1, where it has one of its own
     framing    of the condition picture; ``trellis`` prepares it as TRELLIS does, on black and byte by byte
     structure_normalization, latent_normalization  of the latents of either stage; None for none
-    image_normalization  of the condition's latents
+    image_normalization, structure_image_normalization  of what either conditioner gives
     notes      what the loader left out, a line each
     low_memory networks wait on the CPU and visit the device in turn
     """
@@ -121,6 +130,8 @@ class ImageTo3D:
         structure_normalization: Normalization | None = None,
         latent_normalization: Normalization | None = None,
         image_normalization: Normalization | None = None,
+        structure_conditioner: nn.Module | None = None,
+        structure_image_normalization: Normalization | None = None,
         framing: Framing | None = None,
         trellis: bool = False,
         device: torch.device | str = "cpu",
@@ -132,12 +143,16 @@ class ImageTo3D:
         self.structure_normalization = structure_normalization
         self.latent_normalization = latent_normalization
         self.image_normalization = image_normalization
+        self.structure_conditioner = structure_conditioner
+        self.structure_image_normalization = structure_image_normalization
         self.structure_settings, self.latent_settings = structure_settings, latent_settings
         self.framing = framing or Framing()
         self.trellis, self.offline = trellis, offline
         self.low_memory, self.notes = low_memory, tuple(notes)
         self.device = torch.device(device)
-        for network in (*vars(networks).values(), conditioner):
+        for network in (*vars(networks).values(), conditioner, structure_conditioner):
+            if network is None:
+                continue
             network.eval().requires_grad_(False)
             if not low_memory:
                 network.to(self.device)
@@ -215,23 +230,26 @@ class ImageTo3D:
             photos = [self.photos(prompt, prepare, background_removal) for prompt in prompts]
             clock.lap("photos")
             first, second = structure or self.structure_settings, latent or self.latent_settings
-            conditions = self.conditions(prompts, photos)
+            seen = self.both_conditions(prompts, photos)
             mirrored = None
             if (first.mirror or second.mirror) and self.kind == "image":
-                mirrored = self.conditions(prompts, [tuple(p.mirrored() for p in own) for own in photos])
+                mirrored = self.both_conditions(prompts, [tuple(p.mirrored() for p in own) for own in photos])
             clock.lap("condition")
             options = (generators, multi_image, progress)
-            logits = self.structure_logits(conditions, first, *options, mirrored if first.mirror else None)
+            across = mirrored.structure if first.mirror and mirrored else None
+            logits = self.structure_logits(seen.structure, first, *options, across)
             coords = some_voxels(logits, first.threshold)
             clock.lap("structure")
-            latents = self.sample_latents(coords, conditions, second, *options)
+            latents = self.sample_latents(coords, seen.latent, second, *options)
             others = None
             if second.mirror and mirrored is not None:
-                across = logits.flip(2) if first.mirror else self.structure_logits(mirrored, first, *options)
-                across = with_one_active(across)
-                found = active_voxels(across, first.threshold)
-                others = self.sample_latents(found, mirrored, second, *options)
-                coords = active_voxels(torch.maximum(logits, across.flip(2)), first.threshold)
+                turned = logits.flip(2)
+                if not first.mirror:
+                    turned = self.structure_logits(mirrored.structure, first, *options)
+                turned = with_one_active(turned)
+                found = active_voxels(turned, first.threshold)
+                others = self.sample_latents(found, mirrored.latent, second, *options)
+                coords = active_voxels(torch.maximum(logits, turned.flip(2)), first.threshold)
             clock.lap("latents")
             with self.on_device(self.networks.decoder) as decoder:
                 gaussians = decoder(latents)
@@ -277,9 +295,34 @@ class ImageTo3D:
                 ready.append(Photo(as_it_is(image, size, background)))
         return tuple(ready)
 
+    def both_conditions(
+        self, prompts: Sequence[Prompt], photos: Sequence[tuple[Photo, ...]]
+    ) -> StageConditions:
+        """Encode the prompts for either stage."""
+        latent = self.conditions(prompts, photos)
+        return StageConditions(self.structure_conditions(prompts, photos) or latent, latent)
+
+    def structure_conditions(
+        self, prompts: Sequence[Prompt], photos: Sequence[tuple[Photo, ...]]
+    ) -> Conditions | None:
+        """Encode the prompts with stage 1's own encoder, where it has one."""
+        if self.structure_conditioner is None:
+            return None
+        return self.encoded(self.structure_conditioner, self.structure_image_normalization, prompts, photos)
+
     def conditions(self, prompts: Sequence[Prompt], photos: Sequence[tuple[Photo, ...]]) -> Conditions:
-        """Encode the prompts. The absence of a text is the empty text; of an image, zeros or nothing."""
-        with self.on_device(self.conditioner) as conditioner:
+        """Encode the prompts for stage 2, and for a stage 1 without an encoder of its own."""
+        return self.encoded(self.conditioner, self.image_normalization, prompts, photos)
+
+    def encoded(
+        self,
+        network: nn.Module,
+        normalization: Normalization | None,
+        prompts: Sequence[Prompt],
+        photos: Sequence[tuple[Photo, ...]],
+    ) -> Conditions:
+        """The prompts through one encoder. The absence of a text is the empty text; of an image, zeros or nothing."""
+        with self.on_device(network) as conditioner:
             if self.kind == "text":
                 tokens = conditioner([*prompts, ""]).to(self.device)
                 return Conditions((tokens[:-1],), tokens[-1:].expand(len(prompts), -1, -1))
@@ -292,8 +335,8 @@ class ImageTo3D:
             for same_place in zip(*photos, strict=True):
                 pictures = torch.stack([photo.picture for photo in same_place])
                 present.append(conditioner(pictures.to(self.device)).to(self.device))
-        if self.image_normalization is not None:
-            present = [self.image_normalization.apply(latents) for latents in present]
+        if normalization is not None:
+            present = [normalization.apply(latents) for latents in present]
         if present[0].ndim == 4:
             return Conditions(tuple(present))
         # Attention to equal tokens returns their value whatever their number, so one zero token stands for

@@ -15,12 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diff2to3.checkpoint import MODEL_FILE, BundleInfo, load_strictly, read_bundle, read_json, read_tensors
+from diff2to3.checkpoint import (
+    IMAGE_ENCODER,
+    MODEL_FILE,
+    STRUCTURE_IMAGE_ENCODER,
+    BundleInfo,
+    load_strictly,
+    read_bundle,
+    read_json,
+    read_tensors,
+)
 from diff2to3.config import config_from_dict
 from diff2to3.errors import InputError
 from diff2to3.flow.conditioners import load_image_conditioner, load_text_conditioner
 from diff2to3.flow.config import DiTConfig, LatentDiTConfig, LatentSMDiTConfig, SMDiTConfig
 from diff2to3.flow.dit import LatentDiT, StructureDiT
+from diff2to3.flow.efficientnet import EfficientNetConfig, EfficientNetLite
 from diff2to3.flow.framing import Framing
 from diff2to3.flow.smdit import LatentSMDiT, StructureSMDiT
 from diff2to3.pipeline.denoise import StageSettings, image_patch_size, image_width
@@ -60,6 +70,7 @@ NETWORK_TYPES: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
     "StructureSMDiT": (SMDiTConfig, StructureSMDiT),
     "LatentSMDiT": (LatentSMDiTConfig, LatentSMDiT),
     "MiniEncoder": (MiniEncoderConfig, MiniEncoder),
+    "EfficientNetLite": (EfficientNetConfig, EfficientNetLite),
 }
 #: What the networks of a model may be, by our names.
 ROLES: dict[str, tuple[type, ...]] = {
@@ -123,7 +134,8 @@ def load_bundle(place: Source, options: Options) -> ImageTo3D:
     samplers           {structure: {…}, latent: {…}} of StageSettings' fields
     latents            {mean, std} that the latent flow's latents are normalised by ("normalization" in bundles of
                        TRELLIS's weights); structure_latents likewise for the other flow
-    image_latents      {mean, std} that the condition's latents are normalised by
+    image_latents      {mean, std} that the condition's latents are normalised by; structure_image_latents those of
+                       stage 1's own encoder, the bundle's network ``structure_image_encoder``, where there is one
     condition          {size, margin, background} of the condition picture (diff2to3.flow.framing), and its encoder:
                        {provider, weights} of diff2to3.voxels.providers, else the bundle's network ``image_encoder``
     conditioner        in place of condition: {name, image_size} of TRELLIS's condition encoder
@@ -146,7 +158,11 @@ def load_bundle(place: Source, options: Options) -> ImageTo3D:
         samplers = settings.get("samplers", {})
         stages = [stage_from_dict(samplers.get(name, {})) for name in ("structure", "latent")]
         latents = settings.get("latents", settings.get("normalization"))
-        statistics = [settings.get("structure_latents"), latents, settings.get("image_latents")]
+        statistics = [settings.get("structure_latents"), latents, settings.get("image_latents"), None]
+        structure_conditioner = None
+        if STRUCTURE_IMAGE_ENCODER in info.networks:
+            structure_conditioner = load_bundle_network(folder, info, STRUCTURE_IMAGE_ENCODER, options, place)
+            statistics[3] = settings.get("structure_image_latents")
         if "conditioner" in settings:
             size = int(settings["conditioner"].get("image_size", TRELLIS_FRAMING.size))
             framing, trellis = replace(TRELLIS_FRAMING, size=size), True
@@ -157,8 +173,8 @@ def load_bundle(place: Source, options: Options) -> ImageTo3D:
             framing, trellis = Framing(**condition), False
             if provider != "mini":
                 conditioner = ProviderConditioner(provider, weights, options)
-            elif "image_encoder" in info.networks:
-                conditioner = load_bundle_network(folder, info, "image_encoder", options, place)
+            elif IMAGE_ENCODER in info.networks:
+                conditioner = load_bundle_network(folder, info, IMAGE_ENCODER, options, place)
             else:
                 raise InputError(f"{path}: no network 'image_encoder', and settings name no provider")
     except InputError:
@@ -175,6 +191,7 @@ def load_bundle(place: Source, options: Options) -> ImageTo3D:
         statistics=statistics,
         framing=framing,
         trellis=trellis,
+        structure_conditioner=structure_conditioner,
     )
 
 
@@ -218,7 +235,7 @@ def load_trellis(place: Source, options: Options) -> ImageTo3D:
     ]
     conditioner = load_conditioner(pipeline.kind, pipeline.conditioner, place, options)
     stages = [pipeline.structure, pipeline.latent]
-    statistics = [None, {"mean": pipeline.mean, "std": pipeline.std}, None]
+    statistics = [None, {"mean": pipeline.mean, "std": pipeline.std}, None, None]
     return assemble(
         loaded,
         conditioner,
@@ -368,10 +385,11 @@ def assemble(
     statistics: Sequence[Mapping[str, list[float]] | None],
     framing: Framing,
     trellis: bool,
+    structure_conditioner: Any = None,
     notes: list[str] | None = None,
 ) -> ImageTo3D:
-    """Check that the parts fit each other. ``stages`` are of structure and latents; ``statistics`` of both and of the
-    condition's latents.
+    """Check that the parts fit each other. ``stages`` are of structure and latents; ``statistics`` of both, of the
+    condition's latents, and of those of stage 1's own encoder.
     """
     networks = Networks(**loaded)
     for name, classes in ROLES.items():
@@ -379,14 +397,14 @@ def assemble(
             known = " or ".join(cls.__name__ for cls in classes)
             raise InputError(f"{name}: expected a {known}, got a {type(loaded[name]).__name__}")
     flows = (loaded["structure_flow"], loaded["latent_flow"])
-    mini = isinstance(conditioner, MiniEncoder)
-    channels = conditioner.config.latent_channels if mini else conditioner.channels
-    for flow in flows:
+    channels = condition_channels(conditioner)
+    first_channels = condition_channels(structure_conditioner or conditioner)
+    for flow, given in zip(flows, (first_channels, channels), strict=True):
         if not trellis:
-            image_patch_size(flow, channels)
-        elif image_width(flow) != channels:
+            image_patch_size(flow, given)
+        elif image_width(flow) != given:
             raise InputError(
-                f"the condition encoder has {channels} channels, but the flow models were trained for "
+                f"the condition encoder has {given} channels, but the flow models were trained for "
                 f"{image_width(flow)}"
             )
     check_grids(loaded)
@@ -394,6 +412,7 @@ def assemble(
         "structure_latents": flows[0].config.in_channels,
         "normalization" if trellis else "latents": flows[1].config.in_channels,
         "image_latents": channels,
+        "structure_image_latents": first_channels,
     }
     normalizations = [
         None if values is None else Normalization.of(values, wanted[name], name)
@@ -408,6 +427,8 @@ def assemble(
         structure_normalization=normalizations[0],
         latent_normalization=normalizations[1],
         image_normalization=normalizations[2],
+        structure_conditioner=structure_conditioner,
+        structure_image_normalization=normalizations[3],
         framing=framing,
         trellis=trellis,
         device=options.device,
@@ -415,6 +436,13 @@ def assemble(
         offline=options.offline,
         notes=notes or (),
     )
+
+
+def condition_channels(conditioner: Any) -> int:
+    """Of what an encoder of pictures or texts gives."""
+    if isinstance(conditioner, MiniEncoder):
+        return conditioner.config.latent_channels
+    return int(conditioner.channels)
 
 
 def check_grids(loaded: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diff2to3.checkpoint import MODEL_FILE, BundleInfo, read_bundle
+from diff2to3.checkpoint import IMAGE_ENCODER, MODEL_FILE, BundleInfo, read_bundle
 from diff2to3.config import MISSING, config_from_dict
 from diff2to3.errors import InputError
 from diff2to3.pipeline.image_to_3d import Clock, clone
@@ -35,9 +35,6 @@ from diff2to3.voxels.lift import lift_features
 from diff2to3.voxels.providers import SURFACE, FeatureProvider, build_provider
 from diff2to3.voxels.surface import CHANNELS as SURFACE_CHANNELS
 from diff2to3.voxels.voxelise import voxelise
-
-#: The network of a bundle that is the image encoder of the provider ``mini``.
-IMAGE_ENCODER = "image_encoder"
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ NUM_TARGETS = 11
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Six assets of 8³ voxels with random latents, occupancy latents, image latents of three views,
-    and pictures."""
+    """Six assets of 8³ voxels with random latents, occupancy latents, image latents of three views (of stage 1's own
+    encoder, too: twice the first two channels of the others), and pictures."""
     root = tmp_path_factory.mktemp("flow-data")
     generator = torch.Generator().manual_seed(7)
     plan = [PlannedAsset(0, asset_key(f"a{i}"), f"a{i}", "val" if i == 5 else "train") for i in range(6)]
@@ -37,6 +37,7 @@ def dataset(tmp_path_factory):
         "latents_x": [],
         "structures_x": [],
         "tokens_x": [],
+        "tokens_y": [],
         "views_target": [],
     }
     viewmat, K = torch.eye(4), torch.tensor([[24.0, 0, 12], [0, 24, 12], [0, 0, 1]])
@@ -58,6 +59,8 @@ def dataset(tmp_path_factory):
             ({"latents.safetensors": {"mean": dense}}, moments(dense.flatten(1).T))
         )
         members["tokens_x"].append((images, {"num_views": VIEWS, **moments(rows)}))
+        own = {name: {"latents": 2 * image["latents"][:2]} for name, image in images.items()}
+        members["tokens_y"].append((own, {"num_views": VIEWS, **moments(2 * rows[:, :2])}))
         pictures = {
             f"{v:03d}.webp": encode_image(torch.rand(24, 24, 3, generator=generator), torch.ones(24, 24))
             for v in range(NUM_TARGETS)
@@ -67,7 +70,11 @@ def dataset(tmp_path_factory):
         )
     for stage, items in members.items():
         (root / stage).mkdir()
-        settings = {"size": 64, "margin": 1.2, "background": 0.5} if stage == "tokens_x" else {}
+        settings: dict = {}
+        if stage.startswith("tokens_"):
+            settings = {"size": 64, "margin": 1.2, "background": 0.5}
+        if stage == "tokens_y":
+            settings["network"] = "structure_image_encoder"
         (root / stage / "settings.json").write_text(json.dumps(settings))
         for asset, (files, info) in zip(plan, items, strict=True):
             stored = {n: x if isinstance(x, bytes) else save_tensors(x) for n, x in files.items()}

@@ -91,6 +91,27 @@ def test_the_loss_is_of_one_step_from_noise_on_the_voxels_it_is_given(dataset, d
     assert float(objective.network.out_layer.weight.grad.abs().max()) > 0
 
 
+def test_stage_1_may_see_the_same_views_through_an_encoder_of_its_own(dataset, decoder_bundle):
+    changes = {**CHANGES, "data.bundle": decoder_bundle[0], "data.generated.tokens": "tokens_y"}
+    task = task_for(dataset, "latents", **changes)
+    objective = task.objective()
+    seen = []
+
+    def structure(latents, drawn):
+        seen.append(latents)
+        return packed([torch.tensor([[1, 2, 3]])] * len(latents))
+
+    objective.structure = structure
+    loader = task.loader(0, 0, 1)
+    for batch in (next(iter(loader)) for _ in range(3)):
+        objective(batch, Randomness(3, 4))
+        torch.testing.assert_close(seen.pop(), objective.image_latents(batch.tensors)[:, :2])
+    store, assets = task.validation(3)
+    task.made(objective, store, assets)
+    wanted = objective.image_latents(task.read(objective, store, assets))[:, :2]
+    torch.testing.assert_close(seen.pop(), wanted)
+
+
 def test_a_run_trains_validates_and_exports(dataset, decoder_bundle, tmp_path, monkeypatch):
     """With voxels from a stage 1 that makes a ball of everything."""
     grid = torch.cartesian_prod(*[torch.arange(8)] * 3)

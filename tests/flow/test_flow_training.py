@@ -370,6 +370,14 @@ def test_a_run_trains_validates_and_exports(stage, dataset, tmp_path):
     assert info.settings["condition"] == {"size": 64, "margin": 1.2, "background": 0.5}
 
 
+def test_statistics_of_stage_1_s_own_image_latents_have_a_name_of_their_own(dataset, tmp_path):
+    changes = {"data.tokens": "tokens_y", "model.image_channels": 2}
+    task = task_for(dataset, "structure", **changes)
+    task.export(task.objective(), tmp_path / "bundle")
+    settings = read_bundle(tmp_path / "bundle").settings
+    assert "image_latents" not in settings and len(settings["structure_image_latents"]["mean"]) == 2
+
+
 def test_stage_and_latents_must_agree(dataset):
     with pytest.raises(Exception, match=r"latents_<name>"):
         task_for(dataset, "latents", **{"data.latents": "structures_x"})

@@ -1,6 +1,7 @@
 """Photos to Gaussians through both backbones: against the path written out, alone and in batches, repeatedly."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,8 @@ from pipeline_helpers import NAMES, difference
 from diff2to3.errors import InputError
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.pipeline import ImageTo3D, StageSettings
+from diff2to3.pipeline.denoise import Conditions
+from diff2to3.pipeline.image_to_3d import some_voxels
 from diff2to3.pipeline.load import load_model
 from diff2to3.types import SparseVoxels
 
@@ -292,3 +295,45 @@ def test_ready_pictures_are_taken_as_they_are(tiny, model):
 def test_what_callers_get_wrong(tiny, model, call, message):
     with pytest.raises(InputError, match=message):
         call(model, tiny.photo())
+
+
+def test_stage_1_may_see_the_photo_through_an_encoder_of_its_own(tiny, tmp_path):
+    """Written out; also with a mirror, and each item of a batch is what it is alone."""
+    model = ImageTo3D.from_pretrained(str(tiny.write_generator(tmp_path / "model", two_encoders=True)))
+    networks, picture = tiny.networks(two_encoders=True), framed_by_hand(tiny.photo())
+
+    def seen(name, settings, image):
+        mean, std = (torch.tensor(tiny.SETTINGS[settings][k])[:, None, None] for k in ("mean", "std"))
+        return Conditions(((networks[name](image) - mean) / std,))
+
+    with torch.no_grad():
+        own, mirrored = (
+            seen("structure_image_encoder", "structure_image_latents", image)
+            for image in (picture, picture.flip(3))
+        )
+        plain = seen("image_encoder", "image_latents", picture)
+        for first in (model.structure_settings, replace(model.structure_settings, mirror=True)):
+            generator = torch.Generator().manual_seed(1)
+            across = mirrored if first.mirror else None
+            coords = some_voxels(model.structure_logits(own, first, [generator], mirrored=across), 0.0)
+            latents = model.sample_latents(coords, plain, model.latent_settings, [generator])
+            made = model(tiny.photo(), seed=1, structure=first)
+            assert torch.equal(made.latents.coords, latents.coords)
+            torch.testing.assert_close(made.latents.feats, latents.feats, rtol=0, atol=1e-4)
+            _, again = model.batch([tiny.photo(1), tiny.photo()], [2, 1], structure=first)
+            assert difference(again, made) < 1e-5
+
+
+def test_stage_1_s_own_encoder_has_to_fit(tiny, tmp_path):
+    folder = tiny.write_generator(tmp_path / "model", two_encoders=True)
+    text = (folder / "model.json").read_text()
+    info = json.loads(text)
+    info["settings"]["structure_image_latents"]["mean"].append(0.0)
+    (folder / "model.json").write_text(json.dumps(info))
+    with pytest.raises(InputError, match="structure_image_latents: expected 3 means and deviations, got 4"):
+        ImageTo3D.from_pretrained(str(folder))
+    info = json.loads(text)
+    del info["networks"]["structure_image_encoder"]
+    (folder / "model.json").write_text(json.dumps(info))
+    with pytest.raises(InputError, match="channels"):
+        ImageTo3D.from_pretrained(str(folder))

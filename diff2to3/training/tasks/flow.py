@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diff2to3.checkpoint import BundleInfo, NetworkEntry, read_bundle, read_json, save_bundle
+from diff2to3.checkpoint import (
+    STRUCTURE_IMAGE_ENCODER,
+    BundleInfo,
+    NetworkEntry,
+    read_bundle,
+    read_json,
+    save_bundle,
+)
 from diff2to3.config import MISSING, config_to_dict
 from diff2to3.data.encodings import statistics
 from diff2to3.data.loader import LoaderConfig, TrainLoader
@@ -52,10 +59,12 @@ class GeneratedConfig:
     """Stage latents: to learn on voxels that a trained stage 1 generates, and not on the assets' own.
 
     bundle     name or folder of a whole model; null for the assets' own voxels
+    tokens     stage of the condition images' latents that this model's stage 1 sees; null for those of stage 2
     threshold  the logit above which a voxel is active; below 0, there are more of them to choose from
     """
 
     bundle: str | None = None
+    tokens: str | None = None
     threshold: float = 0.0
 
 
@@ -331,11 +340,13 @@ class FlowTask:
         network: Any = objective.network
         structure = self.config.model.stage == "structure"
         name, latents = objective.name, "structure_latents" if structure else "latents"
+        own_encoder = self.token_settings().get("network") == STRUCTURE_IMAGE_ENCODER
+        image = "structure_image_latents" if own_encoder else "image_latents"
         config = config_to_dict(network.config)
         entry = NetworkEntry(type(network).__name__, config, f"{name}.safetensors")
         settings = {
             latents: objective.latents.statistics(),
-            "image_latents": objective.image.statistics(),
+            image: objective.image.statistics(),
             "condition": self.condition(),
             "samplers": {"structure" if structure else "latent": config_to_dict(self.config.sampling)},
         }
@@ -345,11 +356,14 @@ class FlowTask:
 
     def condition(self) -> dict[str, Any]:
         """How the condition pictures were framed: generation does the same to photos."""
-        path = Path(self.config.data.root) / self.config.data.tokens / "settings.json"
-        framing = read_json(path)
+        framing = self.token_settings()
         return {
             name: framing[name] for name in ("size", "margin", "background") if framing.get(name) is not None
         }
+
+    def token_settings(self) -> dict[str, Any]:
+        """What the condition images' latents were made with."""
+        return read_json(Path(self.config.data.root) / self.config.data.tokens / "settings.json")
 
 
 class CoarseTask(FlowTask):
@@ -385,10 +399,14 @@ class GeneratedTask(FlowTask):
         generated = self.config.data.generated
         assert generated.bundle is not None
         objective.structure = StructureStage(generated.bundle, generated.threshold)
+        if generated.tokens is not None:
+            objective.structure_sees = (generated.tokens, Normalization(self.statistics(generated.tokens)))
         return objective
 
     def tensor_names(self) -> list[str]:
-        return [token_member(self.config.data.tokens)]
+        data = self.config.data
+        stages = dict.fromkeys([data.tokens, data.generated.tokens or data.tokens])
+        return [token_member(stage) for stage in stages]
 
     def measure(
         self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset]
@@ -401,9 +419,10 @@ class GeneratedTask(FlowTask):
     ) -> tuple[Tensor | SparseVoxels, Tensor]:
         """On generated voxels; nothing is augmented."""
         assert isinstance(objective, GeneratedObjective)
-        latents = objective.image_latents(self.read(objective, store, assets))
+        tensors = self.read(objective, store, assets)
         generators = [Randomness(0, 0).generator(asset.id) for asset in assets]
-        voxels = objective.generated(latents, latents, generators)
+        latents = objective.image_latents(tensors)
+        voxels = objective.generated(latents, objective.structure_image_latents(tensors), generators)
         return voxels, objective.latents.invert(voxels.feats)
 
 

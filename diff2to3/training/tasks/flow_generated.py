@@ -22,7 +22,13 @@ from diff2to3.flow.networks import predict
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.pipeline import ImageTo3D
 from diff2to3.pipeline.denoise import Conditions
-from diff2to3.training.tasks.flow_objective import FlowObjective, draw
+from diff2to3.training.tasks.flow_objective import (
+    FlowObjective,
+    Normalization,
+    Tensors,
+    draw,
+    stored_image_latents,
+)
 from diff2to3.types import SparseVoxels
 from diff2to3.vae.sparse_structure import active_voxels, with_one_active
 
@@ -52,16 +58,28 @@ def load_model(source: str, device: torch.device) -> ImageTo3D:
 
 
 class GeneratedObjective(FlowObjective):
-    """A network for stage 2, judged by what is generated with it. ``structure`` is set by the task."""
+    """A network for stage 2, judged by what is generated with it. Set by the task: ``structure``; and ``structure_sees``
+    where stage 1 has an image encoder of its own: the stage of its latents, and what normalises them.
+    """
 
     structure: StructureStage
+    structure_sees: tuple[str, Normalization] | None = None  # in a tuple, so that it is not the module's
 
     def forward(self, batch: Any, randomness: Any) -> dict[str, Tensor]:
         generators = [randomness.generator(i, "flow") for i in batch.ids]
         latents = self.image_latents(batch.tensors)
-        made = self.generated(latents, self.augmented(latents, batch, randomness), generators)
+        seen_first = self.augmented(self.structure_image_latents(batch.tensors), batch, randomness)
+        made = self.generated(latents, seen_first, generators)
         loss = self.render_loss(self.decoded(made), batch, randomness)
         return {"loss": self.loss.render.weight * loss}
+
+    def structure_image_latents(self, tensors: Tensors) -> Tensor:
+        """Normalised image latents of a batch, as stage 1 sees them."""
+        if self.structure_sees is None:
+            return self.image_latents(tensors)
+        stage, normalization = self.structure_sees
+        latents = stored_image_latents(tensors, stage)
+        return normalization.to(latents.device)(latents)
 
     def generated(
         self, image_latents: Tensor, seen_first: Tensor, generators: Sequence[torch.Generator]

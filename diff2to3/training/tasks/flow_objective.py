@@ -188,8 +188,7 @@ class FlowObjective(nn.Module):
 
     def image_latents(self, tensors: Tensors) -> Tensor:
         """Normalised image latents [B, C, h, w] of a batch."""
-        stored = [item["latents"].float() for item in tensors[token_member(self.token_stage)]]
-        return self.image(torch.stack(stored))
+        return self.image(stored_image_latents(tensors, self.token_stage))
 
     def images(self, tensors: Tensors) -> ImageTokens:
         """Tokens of a batch's images."""
@@ -337,6 +336,11 @@ class Refiner(nn.Module):
 def latent_member(stage: str) -> str:
     """Where a loader finds latents; the next two: the image latents of a random view, the voxels of sparse latents."""
     return f"{stage}/{MEMBER}"
+
+
+def stored_image_latents(tensors: Tensors, stage: str) -> Tensor:
+    """Of a batch, as they lie in the data set [B, C, h, w]."""
+    return torch.stack([item["latents"].float() for item in tensors[token_member(stage)]])
 
 
 def token_member(stage: str) -> str:
