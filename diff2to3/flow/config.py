@@ -95,6 +95,7 @@ class SMDiTConfig:
     image_blocks      blocks on the image tokens alone, before the others (see diff2to3.flow.image_tower)
     coarse_resolution stage 1: of the occupancy grid that is guessed from the image alone and given to the voxel
                       tokens; 0 for none
+    coarse_prototypes  guess that grid from so many learnt prototypes' likeness; 0: from the image tokens
     """
 
     resolution: int = 16
@@ -116,6 +117,7 @@ class SMDiTConfig:
     pool_image: bool = False
     image_blocks: int = 0
     coarse_resolution: int = 0
+    coarse_prototypes: int = 0
     qk_rms_norm: bool = True
     attention_backend: str = "auto"
 

@@ -69,6 +69,7 @@ class FlowConfig:
     pool_image: bool = False
     image_blocks: int = 0
     coarse_resolution: int = 0
+    coarse_prototypes: int = 0
     io_channels: list[int] = field(default_factory=lambda: [128])
     num_io_blocks: int = 2
     io_kernel: str = "cube"
@@ -81,7 +82,14 @@ class FlowConfig:
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("precondition", "absolute", "pool_image", "image_blocks", "coarse_resolution"):
+        for name in (
+            "precondition",
+            "absolute",
+            "pool_image",
+            "image_blocks",
+            "coarse_resolution",
+            "coarse_prototypes",
+        ):
             if self.backbone == "dit" and getattr(self, name):
                 raise ValueError(f"{name}: smdit only; dit is the published baseline")
         if self.backbone == "dit" and (self.position != "ape" or self.io_kernel != "cube"):
@@ -112,6 +120,7 @@ class FlowConfig:
             "pool_image",
             "image_blocks",
             "coarse_resolution",
+            "coarse_prototypes",
         ):
             values[name] = getattr(self, name)
         if self.stage == "latents":

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from diff2to3.flow.blocks import NUM_PARTS, BlockPlan, DoubleStreamBlock, Rows, SingleStreamBlock
 from diff2to3.flow.config import LatentSMDiTConfig, SMDiTConfig
 from diff2to3.flow.dit import to_grid, to_tokens
-from diff2to3.flow.image_tower import CoarseHead, ImageTower, SeenImage
+from diff2to3.flow.image_tower import CoarseHead, ImageTower, PrototypeHead, SeenImage
 from diff2to3.flow.marope import image_ids, marope_tables, voxel_ids
 from diff2to3.flow.matching import precondition
 from diff2to3.flow.pyramid import Level, ascend, build_levels, descend, input_blocks, output_blocks
@@ -72,7 +72,11 @@ class SMDiT(nn.Module):
         self.t_embedder = TimestepEmbedder(c.width)
         self.image_layer = nn.Linear(c.image_width, c.width)
         self.image_blocks = ImageTower(c.image_blocks, c.width, c.num_heads, c.mlp_ratio, c.attention_backend)
-        self.coarse_head = CoarseHead(c.width, c.coarse_resolution) if c.coarse_resolution else None
+        self.coarse_head: nn.Module | None = None
+        if c.coarse_resolution and c.coarse_prototypes:
+            self.coarse_head = PrototypeHead(c.image_channels, c.coarse_prototypes, c.coarse_resolution)
+        elif c.coarse_resolution:
+            self.coarse_head = CoarseHead(c.width, c.coarse_resolution)
         if c.pool_image:
             self.image_pool = ImagePool(c.width)
         if c.share_modulation:

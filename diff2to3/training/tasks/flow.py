@@ -42,6 +42,7 @@ from diff2to3.training.tasks.flow_objective import (
     Statistics,
     Tensors,
     coarsened,
+    expected_member,
     latent_member,
     token_member,
     voxel_member,
@@ -77,6 +78,8 @@ class FlowDataConfig:
     tokens   stage of the condition images' latents
     bundle   folder with the decoder of these latents, for pictures and scores, and with their statistics (else
              those of the training split are taken); null for neither
+    expected  stage structure: a stage that train/lookalikes.py wrote, whose occupancy takes the place of the assets'
+              own in the losses; null for their own
     augment  random changes of the condition images' latents while training; see :class:`AugmentConfig`
     generated  see :class:`GeneratedConfig`; ``augment`` then changes what stage 1 sees, and that alone: on assets that
                it was trained with it has to be made as unsure as it is on others
@@ -87,6 +90,7 @@ class FlowDataConfig:
     latents: str = MISSING
     tokens: str = MISSING
     bundle: str | None = None
+    expected: str | None = None
     validation_assets: int = 32
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -129,7 +133,7 @@ class FlowRunConfig:
     def __post_init__(self) -> None:
         if self.loss.compares_occupancy and (self.model.stage == "latents" or not self.data.bundle):
             raise ValueError(
-                "loss.dice, loss.coarse, loss.fine: need stage structure, and data.bundle with the decoder of its "
+                "loss.dice, cross_entropy, coarse, fine: need stage structure, and data.bundle with the decoder of its "
                 "latents"
             )
         render = self.loss.render
@@ -186,6 +190,7 @@ class FlowTask:
             self.judge.decoder if c.loss.decodes and self.judge else None,
             c.data.augment,
             self.refiner() if c.loss.fine else None,
+            c.data.expected,
         )
 
     def refiner(self) -> Refiner:
@@ -202,8 +207,11 @@ class FlowTask:
     def loader(self, seed: int, rank: int, world_size: int) -> TrainLoader:
         data = self.config.data
         compares = self.config.loss.compares_occupancy and self.judge is not None
-        grids = [self.grid_resolution] if compares else []
-        config = replace(data.loader, tensors=self.tensor_names(), occupancy=grids)
+        names = self.tensor_names()
+        if data.expected is not None and compares:
+            names.append(expected_member(data.expected))
+        grids = [self.grid_resolution] if compares and data.expected is None else []
+        config = replace(data.loader, tensors=names, occupancy=grids)
         return TrainLoader(data.root, config, seed=seed, rank=rank, world_size=world_size)
 
     @property

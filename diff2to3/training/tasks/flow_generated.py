@@ -58,8 +58,8 @@ def load_model(source: str, device: torch.device) -> ImageTo3D:
 
 
 class GeneratedObjective(FlowObjective):
-    """A network for stage 2, judged by what is generated with it. Set by the task: ``structure``; and ``structure_sees``
-    where stage 1 has an image encoder of its own: the stage of its latents, and what normalises them.
+    """A network for stage 2, judged by what is generated with it. Set by the task: ``structure``; and where stage 1 has
+    an image encoder of its own ``structure_sees``: the stage of its latents, and what normalises them.
     """
 
     structure: StructureStage

@@ -3,6 +3,7 @@
 batch.tensors ─normalise─▶ z_0, image tokens ─▶ z_t = (1 − t) z_0 + t ε ─network─▶ v ↔ ε − z_0
     stage structure, with weights for them:  ẑ_0 = z_t − t v ─decoder─▶ logits ↔ batch.occupancy
                                              image ─network.see─▶ logits of a coarse grid ↔ batch.occupancy, max-pooled
+        in place of batch.occupancy, where it is asked for: the mean occupancy of assets whose pictures look alike
     stage latents:                           ẑ_0 ─decoder─▶ Gaussians ─▶ renderings ↔ batch.views
 """
 
@@ -68,12 +69,16 @@ class FlowLossConfig:
 
     path           the times that are learnt at
     image_dropout  how often the image is left out, for guidance
+    velocity       weight of the velocity's squared error, which makes it a flow
+    cross_entropy  stage structure: weight of the cross-entropy of the occupancy that the predicted latents decode to;
+                   with data.expected the decoder's logits become those of probabilities. Not for items whose image is
+                   left out
     dice           stage structure: weight of the dice loss of the occupancy that the predicted latents decode to. The
                    mean of several possible latents, which is what the squared error asks for near t = 1, decodes to
                    next to nothing; this asks for the cells that are most likely occupied. Not for items whose image is
                    left out.
-    coarse         the same: weight of the dice loss and cross-entropy of the coarse grid that the network guesses from
-                   the image alone (model.coarse_resolution)
+    coarse         the same: weight of the dice loss and cross-entropy (with data.expected: of that alone) of the coarse
+                   grid that the network guesses from the image alone (model.coarse_resolution)
     fine           the same: weight of the dice loss and cross-entropy of the whole occupancy grid, which a small
                    network, not kept after training, makes of the coarse logits, a voxel token at a time. So these
                    tell where in a coarse cell the surface is, of which ``coarse`` alone says nothing
@@ -84,6 +89,8 @@ class FlowLossConfig:
 
     path: PathConfig = field(default_factory=PathConfig)
     image_dropout: float = 0.1
+    velocity: float = 1.0
+    cross_entropy: float = 0.0
     dice: float = 0.0
     coarse: float = 0.0
     fine: float = 0.0
@@ -93,19 +100,24 @@ class FlowLossConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.image_dropout <= 1:
             raise ValueError(f"image_dropout: expected a probability, got {self.image_dropout}")
-        check_weights(self, ("dice", "coarse", "fine"))
+        check_weights(self, ("velocity", "cross_entropy", "dice", "coarse", "fine"))
         if self.coarse_only and not self.guesses:
             raise ValueError("coarse_only: needs a weight for coarse or fine")
 
     @property
     def decodes(self) -> bool:
         """Whether predicted latents are decoded."""
-        return self.dice > 0 or self.render.weight > 0
+        return self.judges_occupancy or self.render.weight > 0
 
     @property
     def compares_occupancy(self) -> bool:
         """Whether batches need the occupancy grid."""
-        return self.dice > 0 or self.guesses
+        return self.judges_occupancy or self.guesses
+
+    @property
+    def judges_occupancy(self) -> bool:
+        """Whether what structure latents decode to is compared."""
+        return self.dice > 0 or self.cross_entropy > 0
 
     @property
     def guesses(self) -> bool:
@@ -163,9 +175,11 @@ class FlowObjective(nn.Module):
         decoder: nn.Module | None = None,
         augment: AugmentConfig | None = None,
         refiner: Refiner | None = None,
+        expected_stage: str | None = None,
     ) -> None:
         """``resolution``: of the voxels that sparse latents are on. ``decoder``: of the latents, for the losses on what
         they decode to; it is neither trained nor saved. ``refiner``: for the fine loss; it is not exported.
+        ``expected_stage``: of the occupancy that takes the truth's place.
         """
         super().__init__()
         self.name = "latent_flow" if latent_stage.startswith("latents_") else "structure_flow"
@@ -176,6 +190,7 @@ class FlowObjective(nn.Module):
         self.image_patch_size = image_patch_size
         self.augment = augment or AugmentConfig()
         self.refiner = refiner
+        self.expected_stage = expected_stage
         self.decoders = (decoder,)  # in a tuple, so that its weights are not the module's
 
     @property
@@ -233,15 +248,17 @@ class FlowObjective(nn.Module):
             target, bounds = target_velocity(latents, noise), None
         seen = see(self.network, image)
         velocity = predict(self.network, noisy, t, image, seen=seen)
-        loss = error = squared_error(velocity, target, bounds)
-        terms = {"velocity": error}
-        if self.loss.dice:
+        error = squared_error(velocity, target, bounds)
+        loss, terms = self.loss.velocity * error, {"velocity": error}
+        if self.loss.judges_occupancy:
             assert isinstance(noisy, Tensor)
-            dice = self.occupancy_loss(noisy - times * velocity, true_grid(batch))
-            terms["dice"] = torch.where(drop, 0.0, dice)
-            loss = loss + self.loss.dice * terms["dice"]
+            logits = self.occupancy_logits(noisy - times * velocity)
+            for name, function in (("dice", dice_loss), ("cross_entropy", cross_entropy)):
+                if weight := getattr(self.loss, name):
+                    terms[name] = torch.where(drop, 0.0, function(logits, self.occupancy(batch)))
+                    loss = loss + weight * terms[name]
         if self.loss.guesses:
-            for name, value in self.guess_losses(seen, true_grid(batch)).items():
+            for name, value in self.guess_losses(seen, self.occupancy(batch)).items():
                 terms[name] = torch.where(drop, 0.0, value)
                 loss = loss + getattr(self.loss, name) * terms[name]
         if self.loss.render.weight:
@@ -251,18 +268,29 @@ class FlowObjective(nn.Module):
             loss = loss + self.loss.render.weight * terms["render"]
         return {"loss": loss, **terms} if len(terms) > 1 else {"loss": loss}
 
+    def occupancy(self, batch: Any) -> Tensor:
+        """What occupancy is compared with [B, R, R, R]: the true one, bool, or the one expected from the image."""
+        if self.expected_stage is None:
+            return true_grid(batch)
+        stored = [item["occupancy"] for item in batch.tensors[expected_member(self.expected_stage)]]
+        return torch.stack(stored).float() / 255
+
     def guess_losses(self, seen: SeenImage | None, wanted: Tensor) -> dict[str, Tensor]:
-        """Dice loss and cross-entropy [B] of what is guessed from the image alone, against occupancy bool
-        [B, R, R, R]: on the coarse grid and on all of it.
+        """Dice loss and cross-entropy [B] of what is guessed from the image alone, against occupancy [B, R, R, R]: on
+        the coarse grid and on all of it. Against expected occupancy without the dice loss, whose best guess is no
+        probability.
         """
         assert seen is not None and seen.coarse is not None
+
+        def difference(logits: Tensor, grid: Tensor) -> Tensor:
+            entropy = cross_entropy(logits, grid)
+            return entropy if self.expected_stage is not None else dice_loss(logits, grid) + entropy
+
         terms = {}
         if self.loss.coarse:
-            pooled = coarsened(wanted, seen.coarse.shape[-1])
-            terms["coarse"] = dice_loss(seen.coarse, pooled) + cross_entropy(seen.coarse, pooled)
+            terms["coarse"] = difference(seen.coarse, coarsened(wanted, seen.coarse.shape[-1]))
         if self.refiner is not None:
-            fine = self.refiner(seen.coarse)
-            terms["fine"] = dice_loss(fine, wanted) + cross_entropy(fine, wanted)
+            terms["fine"] = difference(self.refiner(seen.coarse), wanted)
         return terms
 
     def decoder(self, device: torch.device) -> nn.Module:
@@ -271,9 +299,10 @@ class FlowObjective(nn.Module):
         assert decoder is not None
         return decoder.to(device)
 
-    def occupancy_loss(self, data: Tensor, wanted: Tensor) -> Tensor:
-        """Dice loss [B] between what normalised latents decode to and occupancy bool [B, R, R, R]."""
-        return dice_loss(self.decoder(data.device)(self.latents.invert(data).float())[:, 0], wanted)
+    def occupancy_logits(self, data: Tensor) -> Tensor:
+        """What normalised latents decode to [B, R, R, R]."""
+        logits: Tensor = self.decoder(data.device)(self.latents.invert(data).float())
+        return logits[:, 0]
 
     def decoded(self, data: SparseVoxels) -> list[Gaussians]:
         """What normalised latents decode to."""
@@ -308,12 +337,13 @@ class CoarseObjective(FlowObjective):
         super().__init__(*args, **kwargs)
         network: Any = self.network
         network.requires_grad_(False)
-        for part in (network.image_layer, network.image_blocks, network.coarse_head):
+        before = () if network.config.coarse_prototypes else (network.image_layer, network.image_blocks)
+        for part in (*before, network.coarse_head):
             part.requires_grad_(True)
 
     def forward(self, batch: Any, randomness: Any) -> dict[str, Tensor]:
         image = self.training_images(batch, randomness)
-        terms = self.guess_losses(see(self.network, image), true_grid(batch))
+        terms = self.guess_losses(see(self.network, image), self.occupancy(batch))
         return {"loss": sum_weighted(terms, self.loss), **terms}
 
 
@@ -347,6 +377,11 @@ def token_member(stage: str) -> str:
     return f"{stage}/*.safetensors"
 
 
+def expected_member(stage: str) -> str:
+    """Of the expected occupancy: of the same view, for the pattern is that of the image latents."""
+    return f"{stage}/*.safetensors"
+
+
 def voxel_member(resolution: int) -> str:
     return f"voxels_{resolution}/coords.safetensors"
 
@@ -358,7 +393,7 @@ def true_grid(batch: Any) -> Tensor:
 
 
 def coarsened(occupancy: Tensor, resolution: int) -> Tensor:
-    """bool [B, R, R, R] → float32 [B, c, c, c]: 1 where any of a coarse cell's cells is active."""
+    """[B, R, R, R] → float32 [B, c, c, c]: 1 where any of a coarse cell's cells is active; the largest probability."""
     factor = occupancy.shape[-1] // resolution
     return nn.functional.max_pool3d(occupancy[:, None].float(), factor)[:, 0]
 
