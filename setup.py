@@ -97,7 +97,14 @@ setup(
     package_dir={"diff2to3": "diff2to3", "diff2to3.kernels": "kernels"},
     package_data={
         "diff2to3.kernels": ["csrc/*.h", "csrc/*/*"],
-        "diff2to3": ["py.typed", "**/*.yaml", "**/*.json", "**/*.safetensors", "bundles/*/README.md"],
+        "diff2to3": [
+            "py.typed",
+            "**/*.yaml",
+            "**/*.json",
+            "**/*.safetensors",
+            "bundles/*/README.md",
+            "bundles/*/LICENSE*",
+        ],
     },
     include_package_data=False,
     cmdclass={"build": FreshBuild, "build_py": BuildWithKernels, "bdist_wheel": PlatformWheel},
