@@ -237,7 +237,7 @@ class ImageTo3D:
             clock.lap("condition")
             options = (generators, multi_image, progress)
             across = mirrored.structure if first.mirror and mirrored else None
-            logits = self.structure_logits(seen.structure, first, *options, across)
+            logits = self.structure_logits_of_each(seen.structure, first, *options, across)
             coords = some_voxels(logits, first.threshold)
             clock.lap("structure")
             latents = self.sample_latents(coords, seen.latent, second, *options)
@@ -245,7 +245,7 @@ class ImageTo3D:
             if second.mirror and mirrored is not None:
                 turned = logits.flip(2)
                 if not first.mirror:
-                    turned = self.structure_logits(mirrored.structure, first, *options)
+                    turned = self.structure_logits_of_each(mirrored.structure, first, *options)
                 turned = with_one_active(turned)
                 found = active_voxels(turned, first.threshold)
                 others = self.sample_latents(found, mirrored.latent, second, *options)
@@ -298,7 +298,20 @@ class ImageTo3D:
     def both_conditions(
         self, prompts: Sequence[Prompt], photos: Sequence[tuple[Photo, ...]]
     ) -> StageConditions:
-        """Encode the prompts for either stage."""
+        """Encode the prompts for either stage, one after another (see structure_logits_of_each)."""
+        counts = {len(own) for own in photos}
+        if len(counts) != 1:
+            raise InputError(f"prompts: expected the same number of photos for each, got {sorted(counts)}")
+        made = [self.conditions_of_batch([p], [own]) for p, own in zip(prompts, photos, strict=True)]
+        latent = joined([each.latent for each in made])
+        if all(each.structure is each.latent for each in made):
+            return StageConditions(latent, latent)
+        return StageConditions(joined([each.structure for each in made]), latent)
+
+    def conditions_of_batch(
+        self, prompts: Sequence[Prompt], photos: Sequence[tuple[Photo, ...]]
+    ) -> StageConditions:
+        """Encode the prompts for either stage, together."""
         latent = self.conditions(prompts, photos)
         return StageConditions(self.structure_conditions(prompts, photos) or latent, latent)
 
@@ -344,6 +357,32 @@ class ImageTo3D:
         return Conditions(tuple(present), torch.zeros_like(present[0][:, :1]))
 
     # ---- stages ----
+
+    def structure_logits_of_each(
+        self,
+        conditions: Conditions,
+        settings: StageSettings,
+        generators: Sequence[torch.Generator],
+        multi_image: str,
+        progress: Progress | None,
+        mirrored: Conditions | None = None,
+    ) -> Tensor:
+        """:meth:`structure_logits`, an item at a time: in a batch sums are rounded otherwise, a logit beside the
+        threshold changes sides, and the object is another one than it is alone.
+        """
+        return torch.cat(
+            [
+                self.structure_logits(
+                    conditions.item(k),
+                    settings,
+                    [generator],
+                    multi_image,
+                    progress,
+                    mirrored.item(k) if mirrored is not None else None,
+                )
+                for k, generator in enumerate(generators)
+            ]
+        )
 
     def structure_logits(
         self,
@@ -413,6 +452,14 @@ class ImageTo3D:
             yield network
         finally:
             network.to("cpu")
+
+
+def joined(conditions: Sequence[Conditions]) -> Conditions:
+    """The items of all of these as one batch."""
+    whole = conditions[0]
+    for other in conditions[1:]:
+        whole = whole.with_items(other)
+    return whole
 
 
 def some_voxels(logits: Tensor, threshold: float) -> Tensor:
