@@ -326,16 +326,22 @@ def _stages(root: Path, config: LoaderConfig) -> tuple[list[str], str]:
     return list(dict.fromkeys([*stages, grid])), grid
 
 
+def chosen_assets(store: AssetStore, split: str | None, exclude: str | None) -> list[PlannedAsset]:
+    """The complete assets of a split without those whose id is like ``exclude``. InputError where none is left."""
+    assets = store.assets(split)
+    if not assets:
+        splits = sorted({asset.split for asset in store.plan})
+        raise InputError(f"{store.root}: no asset of split {split!r} is complete; splits are {splits}")
+    if exclude is not None:
+        assets = [asset for asset in assets if not fnmatch.fnmatchcase(asset.id, exclude)]
+        if not assets:
+            raise InputError(f"{store.root}: no asset is left without those like {exclude!r}")
+    return assets
+
+
 def _choose(store: AssetStore, config: LoaderConfig, grid: str) -> tuple[list[PlannedAsset], list[int], int]:
     """The assets that are complete and small enough, their voxel counts, and how many were too large."""
-    candidates = store.assets(config.split)
-    if not candidates:
-        splits = sorted({asset.split for asset in store.plan})
-        raise InputError(f"{store.root}: no asset of split {config.split!r} is complete; splits are {splits}")
-    if config.exclude is not None:
-        candidates = [asset for asset in candidates if not fnmatch.fnmatchcase(asset.id, config.exclude)]
-        if not candidates:
-            raise InputError(f"{store.root}: no asset is left without those like {config.exclude!r}")
+    candidates = chosen_assets(store, config.split, config.exclude)
     largest = config.max_voxels_per_asset or config.max_voxels_per_batch
     sizes = [int(store.info(asset, grid)["num_voxels"]) for asset in candidates]
     kept = [(asset, size) for asset, size in zip(candidates, sizes, strict=True) if 0 < size <= largest]

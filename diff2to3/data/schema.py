@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from diff2to3.checkpoint import IMAGE_ENCODER
 from diff2to3.config import MISSING
 from diff2to3.views.cameras import CameraConfig
 from diff2to3.views.config import RenderConfig
@@ -146,7 +147,7 @@ class TokenSetConfig:
     """
 
     bundle: str = MISSING
-    network: str = "image_encoder"
+    network: str = IMAGE_ENCODER
     views: str = "cond"
     num_views: int | None = None
     margin: float | None = 1.2

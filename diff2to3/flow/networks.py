@@ -29,6 +29,15 @@ from diff2to3.types import SparseVoxels
 
 STAGES = ("structure", "latents")
 BACKBONES = ("smdit", "dit")
+#: What smdit has beyond the paper, by settings that are off by default.
+SMDIT_ONLY = (
+    "precondition",
+    "absolute",
+    "pool_image",
+    "image_blocks",
+    "coarse_resolution",
+    "coarse_prototypes",
+)
 #: Type names in model.json → schema and module.
 NETWORKS: dict[str, tuple[type, Any]] = {
     "StructureSMDiT": (SMDiTConfig, StructureSMDiT),
@@ -82,14 +91,7 @@ class FlowConfig:
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in (
-            "precondition",
-            "absolute",
-            "pool_image",
-            "image_blocks",
-            "coarse_resolution",
-            "coarse_prototypes",
-        ):
+        for name in SMDIT_ONLY:
             if self.backbone == "dit" and getattr(self, name):
                 raise ValueError(f"{name}: smdit only; dit is the published baseline")
         if self.backbone == "dit" and (self.position != "ape" or self.io_kernel != "cube"):
@@ -108,20 +110,8 @@ class FlowConfig:
             values["cond_channels"] = self.image_channels * self.image_patch_size**2
             values["num_blocks"] = self.num_double + self.num_single
             return LatentDiTConfig(**values) if self.stage == "latents" else DiTConfig(**values)
-        for name in (
-            "num_double",
-            "num_single",
-            "image_channels",
-            "image_patch_size",
-            "position",
-            "rope_theta",
-            "precondition",
-            "absolute",
-            "pool_image",
-            "image_blocks",
-            "coarse_resolution",
-            "coarse_prototypes",
-        ):
+        tokens = ("num_double", "num_single", "image_channels", "image_patch_size", "position", "rope_theta")
+        for name in (*tokens, *SMDIT_ONLY):
             values[name] = getattr(self, name)
         if self.stage == "latents":
             return LatentSMDiTConfig(**values, io_kernel=self.io_kernel)

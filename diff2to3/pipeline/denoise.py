@@ -87,11 +87,10 @@ class Conditions:
     present: tuple[Tensor, ...]
     absent: Tensor | None = None
 
-    def item(self, number: int) -> Conditions:
-        """One of the items, as a batch of its own."""
-        rows = slice(number, number + 1)
-        absent = None if self.absent is None else self.absent[rows]
-        return Conditions(tuple(image[rows] for image in self.present), absent)
+    def rows(self, items: slice) -> Conditions:
+        """Some of the items, as a batch of their own."""
+        absent = None if self.absent is None else self.absent[items]
+        return Conditions(tuple(image[items] for image in self.present), absent)
 
     def with_items(self, other: Conditions) -> Conditions:
         """The items of both, as one batch."""

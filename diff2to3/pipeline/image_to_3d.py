@@ -230,25 +230,34 @@ class ImageTo3D:
             photos = [self.photos(prompt, prepare, background_removal) for prompt in prompts]
             clock.lap("photos")
             first, second = structure or self.structure_settings, latent or self.latent_settings
-            seen = self.both_conditions(prompts, photos)
-            mirrored = None
+            seen, mirrored = self.stage_conditions(prompts, photos), None
             if (first.mirror or second.mirror) and self.kind == "image":
-                mirrored = self.both_conditions(prompts, [tuple(p.mirrored() for p in own) for own in photos])
+                mirrored = self.stage_conditions(
+                    prompts, [tuple(p.mirrored() for p in own) for own in photos]
+                )
             clock.lap("condition")
-            options = (generators, multi_image, progress)
-            across = mirrored.structure if first.mirror and mirrored else None
-            logits = self.structure_logits_of_each(seen.structure, first, *options, across)
+            twice = mirrored is not None and second.mirror
+            halves = [share_of(progress, half, 2) for half in range(2)] if twice else [progress]
+            reports = [progress] if first.mirror else halves  # of stage 1, which has both in one pass then
+            across = mirrored.structure if mirrored is not None and first.mirror else None
+            logits = self.structure_logits(
+                seen.structure, first, generators, multi_image, reports[0], across, one_by_one=True
+            )
             coords = some_voxels(logits, first.threshold)
             clock.lap("structure")
-            latents = self.sample_latents(coords, seen.latent, second, *options)
+            latents = self.sample_latents(coords, seen.latent, second, generators, multi_image, halves[0])
             others = None
-            if second.mirror and mirrored is not None:
+            if twice and mirrored is not None:
                 turned = logits.flip(2)
                 if not first.mirror:
-                    turned = self.structure_logits_of_each(mirrored.structure, first, *options)
+                    turned = self.structure_logits(
+                        mirrored.structure, first, generators, multi_image, reports[1], one_by_one=True
+                    )
                 turned = with_one_active(turned)
                 found = active_voxels(turned, first.threshold)
-                others = self.sample_latents(found, mirrored.latent, second, *options)
+                others = self.sample_latents(
+                    found, mirrored.latent, second, generators, multi_image, halves[1]
+                )
                 coords = active_voxels(torch.maximum(logits, turned.flip(2)), first.threshold)
             clock.lap("latents")
             with self.on_device(self.networks.decoder) as decoder:
@@ -295,37 +304,20 @@ class ImageTo3D:
                 ready.append(Photo(as_it_is(image, size, background)))
         return tuple(ready)
 
-    def both_conditions(
+    def stage_conditions(
         self, prompts: Sequence[Prompt], photos: Sequence[tuple[Photo, ...]]
     ) -> StageConditions:
-        """Encode the prompts for either stage, one after another (see structure_logits_of_each)."""
+        """Encode the prompts, each with the same number of photos, for either stage."""
         counts = {len(own) for own in photos}
         if len(counts) != 1:
             raise InputError(f"prompts: expected the same number of photos for each, got {sorted(counts)}")
-        made = [self.conditions_of_batch([p], [own]) for p, own in zip(prompts, photos, strict=True)]
-        latent = joined([each.latent for each in made])
-        if all(each.structure is each.latent for each in made):
-            return StageConditions(latent, latent)
-        return StageConditions(joined([each.structure for each in made]), latent)
-
-    def conditions_of_batch(
-        self, prompts: Sequence[Prompt], photos: Sequence[tuple[Photo, ...]]
-    ) -> StageConditions:
-        """Encode the prompts for either stage, together."""
-        latent = self.conditions(prompts, photos)
-        return StageConditions(self.structure_conditions(prompts, photos) or latent, latent)
-
-    def structure_conditions(
-        self, prompts: Sequence[Prompt], photos: Sequence[tuple[Photo, ...]]
-    ) -> Conditions | None:
-        """Encode the prompts with stage 1's own encoder, where it has one."""
+        latent = self.encoded(self.conditioner, self.image_normalization, prompts, photos)
         if self.structure_conditioner is None:
-            return None
-        return self.encoded(self.structure_conditioner, self.structure_image_normalization, prompts, photos)
-
-    def conditions(self, prompts: Sequence[Prompt], photos: Sequence[tuple[Photo, ...]]) -> Conditions:
-        """Encode the prompts for stage 2, and for a stage 1 without an encoder of its own."""
-        return self.encoded(self.conditioner, self.image_normalization, prompts, photos)
+            return StageConditions(latent, latent)
+        normalization = self.structure_image_normalization
+        return StageConditions(
+            self.encoded(self.structure_conditioner, normalization, prompts, photos), latent
+        )
 
     def encoded(
         self,
@@ -334,20 +326,18 @@ class ImageTo3D:
         prompts: Sequence[Prompt],
         photos: Sequence[tuple[Photo, ...]],
     ) -> Conditions:
-        """The prompts through one encoder. The absence of a text is the empty text; of an image, zeros or nothing."""
+        """The prompts through one encoder, one after another: in a batch sums are rounded otherwise. The absence of a
+        text is the empty text; of an image, zeros or nothing.
+        """
         with self.on_device(network) as conditioner:
             if self.kind == "text":
-                tokens = conditioner([*prompts, ""]).to(self.device)
+                tokens = torch.cat([conditioner([text]) for text in (*prompts, "")]).to(self.device)
                 return Conditions((tokens[:-1],), tokens[-1:].expand(len(prompts), -1, -1))
-            counts = {len(own) for own in photos}
-            if len(counts) != 1:
-                raise InputError(
-                    f"prompts: expected the same number of photos for each, got {sorted(counts)}"
-                )
-            present = []
-            for same_place in zip(*photos, strict=True):
-                pictures = torch.stack([photo.picture for photo in same_place])
-                present.append(conditioner(pictures.to(self.device)).to(self.device))
+            present = [
+                torch.cat([conditioner(photo.picture[None].to(self.device)) for photo in same_place])
+                for same_place in zip(*photos, strict=True)
+            ]
+        present = [latents.to(self.device) for latents in present]
         if normalization is not None:
             present = [normalization.apply(latents) for latents in present]
         if present[0].ndim == 4:
@@ -358,32 +348,6 @@ class ImageTo3D:
 
     # ---- stages ----
 
-    def structure_logits_of_each(
-        self,
-        conditions: Conditions,
-        settings: StageSettings,
-        generators: Sequence[torch.Generator],
-        multi_image: str,
-        progress: Progress | None,
-        mirrored: Conditions | None = None,
-    ) -> Tensor:
-        """:meth:`structure_logits`, an item at a time: in a batch sums are rounded otherwise, a logit beside the
-        threshold changes sides, and the object is another one than it is alone.
-        """
-        return torch.cat(
-            [
-                self.structure_logits(
-                    conditions.item(k),
-                    settings,
-                    [generator],
-                    multi_image,
-                    progress,
-                    mirrored.item(k) if mirrored is not None else None,
-                )
-                for k, generator in enumerate(generators)
-            ]
-        )
-
     def structure_logits(
         self,
         conditions: Conditions,
@@ -392,29 +356,37 @@ class ImageTo3D:
         multi_image: str = MULTI_IMAGE_MODES[0],
         progress: Progress | None = None,
         mirrored: Conditions | None = None,
+        one_by_one: bool = False,
     ) -> Tensor:
         """Stage 1: logits [B, 1, R, R, R] of active voxels, from noise that each item's generator gives.
 
-        ``mirrored``: of the mirrored photos, for the mean of both.
+        ``mirrored``: of the mirrored photos, for the mean of both. ``one_by_one``: an item at a time: in a batch sums
+        are rounded otherwise, a logit beside the threshold changes sides, and the object is not the one it is alone.
         """
+        count = len(generators)
+        parts = [slice(k, k + 1) for k in range(count)] if one_by_one else [slice(count)]
+        made = []
         with self.on_device(self.networks.structure_flow) as flow:
             c = flow.config
-            noise = torch.cat(
-                [torch.randn(1, c.in_channels, *(c.resolution,) * 3, generator=g) for g in generators]
-            ).to(self.device)
-            if mirrored is not None:
-                noise, conditions = torch.cat([noise, noise.flip(2)]), conditions.with_items(mirrored)
-            z = sample(
-                velocities(flow, noise), noise, conditions, settings, multi_image, "structure", progress
-            )
+            for number, rows in enumerate(parts):
+                own = generators[rows]
+                shape = (1, c.in_channels, *(c.resolution,) * 3)
+                noise = torch.cat([torch.randn(shape, generator=g) for g in own]).to(self.device)
+                seen = conditions.rows(rows)
+                if mirrored is not None:
+                    noise = torch.cat([noise, noise.flip(2)])
+                    seen = seen.with_items(mirrored.rows(rows))
+                report = share_of(progress, number, len(parts))
+                moved = velocities(flow, noise)
+                made.append(sample(moved, noise, seen, settings, multi_image, "structure", report))
         if self.structure_normalization is not None:
-            z = self.structure_normalization.undo(z)
+            made = [self.structure_normalization.undo(z) for z in made]
         with self.on_device(self.networks.structure_decoder) as decoder:
-            logits = decoder(z)
+            logits = [decoder(z) for z in made]
         if mirrored is not None:
-            seen, other = logits.chunk(2)
-            logits = (seen + other.flip(2)) / 2
-        return logits
+            pairs = [both.chunk(2) for both in logits]
+            logits = [(seen + other.flip(2)) / 2 for seen, other in pairs]
+        return torch.cat(logits)
 
     def sample_latents(
         self,
@@ -454,12 +426,11 @@ class ImageTo3D:
             network.to("cpu")
 
 
-def joined(conditions: Sequence[Conditions]) -> Conditions:
-    """The items of all of these as one batch."""
-    whole = conditions[0]
-    for other in conditions[1:]:
-        whole = whole.with_items(other)
-    return whole
+def share_of(progress: Progress | None, number: int, count: int) -> Progress | None:
+    """Where ``count`` passes of equal length make up a stage: what pass ``number`` reports to."""
+    if progress is None or count == 1:
+        return progress
+    return lambda stage, step, steps: progress(stage, number * steps + step, count * steps)
 
 
 def some_voxels(logits: Tensor, threshold: float) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diff2to3.errors import InputError
 from diff2to3.flow.image_tower import PrototypeHead
+from diff2to3.vae.sparse_structure import coarsened
 
 #: Probabilities are kept this far from 0 and 1 in logarithms.
 MARGIN = 1e-4
@@ -48,8 +49,7 @@ class Memory:
 
     def coarse(self, resolution: int) -> Tensor:
         """float32 [A, c³]: 1 where any of a coarse cell's cells is active."""
-        factor = self.occupancy.shape[-1] // resolution
-        return F.max_pool3d(self.occupancy[:, None].float(), factor).flatten(1)
+        return coarsened(self.occupancy, resolution).flatten(1)
 
 
 def families(ids: Sequence[str]) -> Tensor:
@@ -144,10 +144,16 @@ def expected_occupancy(
     memory: Memory, assets: Tensor, weights: Tensor, owner: Tensor, own_share: float
 ) -> Tensor:
     """float32 [B, R, R, R] from rows of :func:`look_alikes`, to the share ``own_share`` the truth of ``owner`` [B]."""
+    mixed = expected(memory.occupancy.flatten(1), assets, weights, owner, own_share)
+    return mixed.unflatten(1, memory.occupancy.shape[1:])
+
+
+def expected(grids: Tensor, assets: Tensor, weights: Tensor, owner: Tensor, own_share: float) -> Tensor:
+    """The same of any grids [A, N] of the assets: float32 [B, N]."""
     used, place = torch.cat([assets, owner[:, None]], 1).unique(return_inverse=True)
     shares = torch.cat([(1 - own_share) * weights, torch.full_like(weights[:, :1], own_share)], 1)
     mixed = weights.new_zeros(len(weights), len(used)).scatter_add_(1, place, shares)
-    return (mixed @ memory.occupancy[used].flatten(1).float()).unflatten(1, memory.occupancy.shape[1:])
+    return mixed @ grids[used].float()
 
 
 @torch.no_grad()
@@ -166,15 +172,12 @@ def begin_prototypes(
     rows = torch.randperm(len(memory.descriptors), generator=generator)
     rows = rows.repeat(-(-count // len(rows)))[:count]
     grids = memory.coarse(head.resolution)
-    owner = memory.owner[rows]
-    mixed = grids.new_zeros(count, len(grids)).scatter_(1, assets[rows], (1 - own_share) * weights[rows])
-    mixed[torch.arange(count), owner] += own_share
-    logits = (mixed @ grids).clamp(0.003, 0.997).logit()
+    expectations = expected(grids, assets[rows], weights[rows], memory.owner[rows], own_share)
+    logits = expectations.clamp(0.003, 0.997).logit()
     mean = logits.mean(0)
     rank = min(head.RANK, logits.shape[1])
-    axes = torch.linalg.eigh((logits - mean).T @ (logits - mean)).eigenvectors[
-        :, -rank:
-    ]  # the largest come last
+    covariance = (logits - mean).T @ (logits - mean)
+    axes = torch.linalg.eigh(covariance).eigenvectors[:, -rank:]  # the largest come last
     values = (logits - mean) @ axes
     scale = values.std().clamp(min=1e-6)  # so that values and axes are learnt at like rates
     head.values.zero_()

@@ -161,6 +161,11 @@ class StructureDecoder(StructureNetwork):
         return unfold_cells(self.out_layer(h.to(latents.dtype)), self.config.fold)
 
 
+def coarsened(occupancy: Tensor, resolution: int) -> Tensor:
+    """[B, R, R, R] → float32 [B, c, c, c]: 1 where any of a coarse cell's cells is active; the largest probability."""
+    return F.max_pool3d(occupancy[:, None].float(), occupancy.shape[-1] // resolution)[:, 0]
+
+
 def active_voxels(logits: Tensor, threshold: float = 0.0) -> Tensor:
     """Coordinates int32 [N, 4] (batch, x, y, z), sorted, of cells whose logit [B, 1, R, R, R] is above
     ``threshold``.

@@ -189,7 +189,7 @@ def test_mirror_of_the_latents_adds_the_mirrored_photo_s_gaussians_mirrored_back
     photo = model.photo(tiny.photo()).mirrored()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        conditions = model.conditions([photo], [(photo,)])
+        conditions = model.stage_conditions([photo], [(photo,)]).latent
         model.structure_logits(conditions, first, [generator])  # noise is drawn in this order
         torch.randn(plain.latents.feats.shape, generator=generator)
         logits = model.structure_logits(conditions, first, [generator])
@@ -254,6 +254,41 @@ def test_a_lower_threshold_adds_voxels_to_the_same_structure(tiny, model):
 
     least, usual, most = voxels(0.05), voxels(0.0), voxels(-1e6)
     assert least < usual < most and len(most) == 16**3
+
+
+@pytest.mark.parametrize("mirrors", list(itertools.product((False, True), repeat=2)))
+def test_progress_counts_every_step_of_a_stage_once(tiny, model, mirrors):
+    """Of a batch, too: stage 1 takes an item at a time there."""
+    stages = model.structure_settings, model.latent_settings
+    first, second = (replace(s, mirror=m) for s, m in zip(stages, mirrors, strict=True))
+    reported = {"structure": [], "latents": []}
+
+    def progress(stage, step, steps):
+        reported[stage].append((step, steps))
+
+    model.batch([tiny.photo(), tiny.photo(1)], [1, 2], structure=first, latent=second, progress=progress)
+    for stage, passes in (("structure", 2 if mirrors == (False, True) else 1), ("latents", 1 + mirrors[1])):
+        items = 2 if stage == "structure" else 1
+        steps = passes * items * (first if stage == "structure" else second).num_steps
+        assert reported[stage] == [(k + 1, steps) for k in range(steps)]
+
+
+def test_with_low_memory_a_batch_takes_each_network_to_the_device_once(tiny, bundles):
+    model = load_model(str(bundles["smdit"]), low_memory=True)
+    visits = []
+    for name, network in {**vars(model.networks), "conditioner": model.conditioner}.items():
+        network.register_forward_pre_hook(lambda *_, name=name: visits.append(name))
+    model.on_device = counted(model.on_device, visits)
+    model.batch([tiny.photo(), tiny.photo(1)], [1, 2])
+    assert visits.count("moved") == 5 == len(set(visits) - {"moved"})
+
+
+def counted(on_device, visits):
+    def move(network):
+        visits.append("moved")
+        return on_device(network)
+
+    return move
 
 
 def test_low_memory_gives_the_same(tiny, bundles, model):

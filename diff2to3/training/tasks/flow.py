@@ -41,14 +41,13 @@ from diff2to3.training.tasks.flow_objective import (
     Refiner,
     Statistics,
     Tensors,
-    coarsened,
-    expected_member,
     latent_member,
-    token_member,
+    view_member,
     voxel_member,
 )
 from diff2to3.training.tasks.flow_pictures import Judge
 from diff2to3.types import SparseVoxels
+from diff2to3.vae.sparse_structure import coarsened
 from diff2to3.vae.structure_loss import intersection_over_union
 
 #: Times at which validation measures the loss.
@@ -207,10 +206,11 @@ class FlowTask:
     def loader(self, seed: int, rank: int, world_size: int) -> TrainLoader:
         data = self.config.data
         compares = self.config.loss.compares_occupancy and self.judge is not None
-        names = self.tensor_names()
-        if data.expected is not None and compares:
-            names.append(expected_member(data.expected))
-        grids = [self.grid_resolution] if compares and data.expected is None else []
+        names, grids = self.tensor_names(), []
+        if compares and data.expected is not None:
+            names.append(view_member(data.expected))
+        elif compares:
+            grids.append(self.grid_resolution)
         config = replace(data.loader, tensors=names, occupancy=grids)
         return TrainLoader(data.root, config, seed=seed, rank=rank, world_size=world_size)
 
@@ -224,7 +224,7 @@ class FlowTask:
         """What is read of every asset."""
         data, model = self.config.data, self.config.model
         grid = [voxel_member(model.resolution)] if model.stage == "latents" else []
-        return [latent_member(data.latents), token_member(data.tokens), *grid]
+        return [latent_member(data.latents), view_member(data.tokens), *grid]
 
     def statistics(self, stage: str) -> Statistics:
         """Of every channel over the training split, from what the stage noted."""
@@ -384,7 +384,7 @@ class CoarseTask(FlowTask):
         return list(network.image_blocks)
 
     def tensor_names(self) -> list[str]:
-        return [token_member(self.config.data.tokens)]
+        return [view_member(self.config.data.tokens)]
 
     def samples(self, objective: nn.Module, randomness: Randomness) -> dict[str, Tensor]:
         return {}
@@ -414,7 +414,7 @@ class GeneratedTask(FlowTask):
     def tensor_names(self) -> list[str]:
         data = self.config.data
         stages = dict.fromkeys([data.tokens, data.generated.tokens or data.tokens])
-        return [token_member(stage) for stage in stages]
+        return [view_member(stage) for stage in stages]
 
     def measure(
         self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset]

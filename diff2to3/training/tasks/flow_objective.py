@@ -32,6 +32,7 @@ from diff2to3.training.tasks.vae_objective import (
 )
 from diff2to3.types import Gaussians, SparseVoxels
 from diff2to3.vae.losses import l1, l2
+from diff2to3.vae.sparse_structure import coarsened
 from diff2to3.vae.structure_loss import cross_entropy, dice_loss
 
 #: Mean squared error below which the logarithm stops counting: 40 dB.
@@ -246,19 +247,21 @@ class FlowObjective(nn.Module):
             times = t.reshape(-1, 1, 1, 1, 1)
             noisy = noised(latents, noise, times)
             target, bounds = target_velocity(latents, noise), None
+        wanted = self.occupancy(batch) if self.loss.compares_occupancy else None
         seen = see(self.network, image)
         velocity = predict(self.network, noisy, t, image, seen=seen)
         error = squared_error(velocity, target, bounds)
         loss, terms = self.loss.velocity * error, {"velocity": error}
         if self.loss.judges_occupancy:
-            assert isinstance(noisy, Tensor)
+            assert isinstance(noisy, Tensor) and wanted is not None
             logits = self.occupancy_logits(noisy - times * velocity)
             for name, function in (("dice", dice_loss), ("cross_entropy", cross_entropy)):
                 if weight := getattr(self.loss, name):
-                    terms[name] = torch.where(drop, 0.0, function(logits, self.occupancy(batch)))
+                    terms[name] = torch.where(drop, 0.0, function(logits, wanted))
                     loss = loss + weight * terms[name]
         if self.loss.guesses:
-            for name, value in self.guess_losses(seen, self.occupancy(batch)).items():
+            assert wanted is not None
+            for name, value in self.guess_losses(seen, wanted).items():
                 terms[name] = torch.where(drop, 0.0, value)
                 loss = loss + getattr(self.loss, name) * terms[name]
         if self.loss.render.weight:
@@ -272,7 +275,7 @@ class FlowObjective(nn.Module):
         """What occupancy is compared with [B, R, R, R]: the true one, bool, or the one expected from the image."""
         if self.expected_stage is None:
             return true_grid(batch)
-        stored = [item["occupancy"] for item in batch.tensors[expected_member(self.expected_stage)]]
+        stored = [item["occupancy"] for item in batch.tensors[view_member(self.expected_stage)]]
         return torch.stack(stored).float() / 255
 
     def guess_losses(self, seen: SeenImage | None, wanted: Tensor) -> dict[str, Tensor]:
@@ -364,21 +367,17 @@ class Refiner(nn.Module):
 
 
 def latent_member(stage: str) -> str:
-    """Where a loader finds latents; the next two: the image latents of a random view, the voxels of sparse latents."""
+    """Where a loader finds latents; the next: the voxels of sparse latents."""
     return f"{stage}/{MEMBER}"
 
 
 def stored_image_latents(tensors: Tensors, stage: str) -> Tensor:
     """Of a batch, as they lie in the data set [B, C, h, w]."""
-    return torch.stack([item["latents"].float() for item in tensors[token_member(stage)]])
+    return torch.stack([item["latents"].float() for item in tensors[view_member(stage)]])
 
 
-def token_member(stage: str) -> str:
-    return f"{stage}/*.safetensors"
-
-
-def expected_member(stage: str) -> str:
-    """Of the expected occupancy: of the same view, for the pattern is that of the image latents."""
+def view_member(stage: str) -> str:
+    """Of a random view: the same of all stages, for the draw depends on the pattern, which is one."""
     return f"{stage}/*.safetensors"
 
 
@@ -390,12 +389,6 @@ def true_grid(batch: Any) -> Tensor:
     """The one occupancy grid that a batch has: bool [B, R, R, R]."""
     (grid,) = batch.occupancy.values()
     return grid
-
-
-def coarsened(occupancy: Tensor, resolution: int) -> Tensor:
-    """[B, R, R, R] → float32 [B, c, c, c]: 1 where any of a coarse cell's cells is active; the largest probability."""
-    factor = occupancy.shape[-1] // resolution
-    return nn.functional.max_pool3d(occupancy[:, None].float(), factor)[:, 0]
 
 
 def draw(shapes: Sequence[tuple[int, ...]], generators: Sequence[torch.Generator]) -> list[Tensor]:

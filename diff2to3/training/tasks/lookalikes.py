@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +13,10 @@ from safetensors.torch import save as save_tensors
 from tqdm import tqdm
 
 from diff2to3.config import load_config
+from diff2to3.data.loader import chosen_assets
 from diff2to3.data.plan import PlannedAsset
 from diff2to3.data.shards import Part, assemble, part_path, write_part
-from diff2to3.data.store import AssetStore
+from diff2to3.data.store import AssetStore, occupancy
 from diff2to3.errors import InputError
 from diff2to3.files import write_atomic
 from diff2to3.flow.image_tower import PrototypeHead
@@ -82,15 +82,10 @@ def make(config: FlowRunConfig, steps: int, own_share: float) -> None:
         resume.initialize(objective, Path(config.train.init_from), World(0, 1, torch.device("cpu")))
     network: Any = objective.network
     head: PrototypeHead = network.coarse_head
-    voxels = f"voxels_{task.grid_resolution}"
-    store = AssetStore(config.data.root, [config.data.tokens, voxels])
-    left_out = config.data.loader.exclude
-    assets = [
-        asset
-        for asset in store.assets(config.data.loader.split)
-        if left_out is None or not fnmatch.fnmatchcase(asset.id, left_out)
-    ]
-    memory = read_memory(store, assets, objective, head, voxels)
+    resolution = task.grid_resolution
+    store = AssetStore(config.data.root, [config.data.tokens, f"voxels_{resolution}"])
+    assets = chosen_assets(store, config.data.loader.split, config.data.loader.exclude)
+    memory = read_memory(store, assets, objective, head, resolution)
     metric: Metric | None = None
     with tqdm(total=steps, desc="likeness", unit="step") as progress:
         for _, loss, latest in learn_metric(memory, head.resolution, steps, config.train.seed):
@@ -111,7 +106,7 @@ def read_memory(
     assets: Sequence[PlannedAsset],
     objective: FlowObjective,
     head: PrototypeHead,
-    voxels: str,
+    resolution: int,
 ) -> Memory:
     """All views of these assets."""
     descriptors, owner, grids = [], [], []
@@ -123,12 +118,7 @@ def read_memory(
         image = ImageTokens.from_latents(objective.image(latents), objective.image_patch_size)
         descriptors.append(head.descriptor(image))
         owner += [k] * len(latents)
-        coords = store.open(asset, voxels).coords().long()
-        grid = torch.zeros((int(voxels.rpartition("_")[2]),) * 3, dtype=torch.bool)
-        grid[coords[:, 0], coords[:, 1], coords[:, 2]] = True
-        grids.append(grid)
-    if not assets:
-        raise InputError(f"{store.root}: no asset to learn from")
+        grids.append(occupancy(store.coords(asset, resolution), resolution))
     ids = [asset.id for asset in assets]
     return Memory(torch.cat(descriptors), torch.tensor(owner), families(ids), torch.stack(grids))
 
