@@ -186,6 +186,7 @@ class DataConfig:
     shard_size   assets a shard
     view_sets    name -> views
     resolutions  voxel grids
+    points       numbers of points on the surface: a stage points_<number> each
     features     name -> features
     weights      provider -> local file or folder, or hub name, for features that do not say themselves
     """
@@ -202,6 +203,7 @@ class DataConfig:
     render: RenderConfig = field(default_factory=RenderConfig)
     view_sets: dict[str, ViewSetConfig] = field(default_factory=dict)
     resolutions: list[int] = field(default_factory=lambda: [64])
+    points: list[int] = field(default_factory=list)
     features: dict[str, FeatureSetConfig] = field(default_factory=dict)
     latents: dict[str, LatentSetConfig] = field(default_factory=dict)
     structures: dict[str, StructureSetConfig] = field(default_factory=dict)
@@ -214,6 +216,9 @@ class DataConfig:
         for r in self.resolutions:
             if not 1 <= r <= 256:
                 raise ValueError(f"resolutions: expected numbers from 1 to 256, got {r}")
+        for count in self.points:
+            if not 1 <= count <= 1_000_000:
+                raise ValueError(f"points: expected numbers from 1 to 1000000, got {count}")
         for split, count in self.variants.items():
             if not 0 <= count <= 1000:
                 raise ValueError(f"variants.{split}: expected a number from 0 to 1000, got {count}")

@@ -3,6 +3,7 @@ members.
 
     views_<set>      mesh          -> 000.webp, 000.depth.png, ..., cameras.safetensors: viewmats, Ks
     voxels_<R>       mesh          -> coords.safetensors: coords uint8 [N, 3]
+    points_<N>       mesh          -> points.safetensors: points float16 [N, 3], on the surface
     features_<name>  views, voxels -> <mode>.safetensors: feats float16 [N, C], num_views int16 [N]
 
 Every view set, grid and feature set is a stage of its own, so that one can be added to a dataset, or dropped
@@ -164,6 +165,40 @@ class VoxelStage:
         return Part({"coords.safetensors": save_tensors({"coords": stored})}, {"num_voxels": len(coords)})
 
 
+class PointStage:
+    """Points spread evenly over the surface, drawn for each asset from (seed, asset id)."""
+
+    inputs: tuple[str, ...] = ()
+
+    def __init__(self, config: DataConfig, item: str) -> None:
+        self.count, self.name, self.seed = int(item), f"points_{item}", config.seed
+        self.source = AssetSource(config)
+
+    @staticmethod
+    def items(config: DataConfig) -> list[str]:
+        return [str(count) for count in config.points]
+
+    def settings(self) -> dict[str, Any]:
+        return {"version": 1, "seed": self.seed, "count": self.count}
+
+    def setup(self, slot: int) -> None:
+        len(self.source.catalogue)
+
+    def process(self, asset: PlannedAsset, inputs: Mapping[str, StoredAsset], clock: Clock) -> Part:
+        from diff2to3.metrics.geometry import sample_surface
+        from diff2to3.views.cameras import generator_for
+
+        with clock("load"):
+            mesh = self.source.load(asset.id)
+        with clock("sample"):
+            try:
+                points = sample_surface(mesh, self.count, generator_for(self.seed, asset.id, "points"))
+            except ValueError as error:
+                raise InputError(str(error)) from error
+        stored = points.half()  # 2e-4 of the asset's longest side
+        return Part({"points.safetensors": save_tensors({"points": stored})}, {"num_points": len(points)})
+
+
 class FeatureStage:
     """One feature set: a view set's image features lifted onto a grid, in each of its modes."""
 
@@ -236,6 +271,7 @@ class FeatureStage:
 KINDS: dict[str, Any] = {
     "views": ViewStage,
     "voxels": VoxelStage,
+    "points": PointStage,
     "features": FeatureStage,
     "latents": LatentStage,
     "structures": StructureStage,

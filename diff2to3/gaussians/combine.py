@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
+from torch import Tensor
 
 from diff2to3.types import Gaussians
 
@@ -28,6 +29,11 @@ def mirrored(gaussians: Gaussians) -> Gaussians:
         quats=gaussians.quats * turned,
         sh=gaussians.sh * signs[:, None],
     )
+
+
+def chosen(gaussians: Gaussians, which: Tensor) -> Gaussians:
+    """Those that ``which`` (bool or indices) picks."""
+    return Gaussians(**{f.name: getattr(gaussians, f.name)[which] for f in fields(Gaussians)})
 
 
 def superposed(objects: Sequence[Gaussians]) -> Gaussians:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from diff2to3.errors import InputError
 from diff2to3.flow.framing import Framing
 from diff2to3.gaussians import combine
+from diff2to3.gaussians.visible import shown
 from diff2to3.pipeline.denoise import (
     MULTI_IMAGE_MODES,
     Conditions,
@@ -28,7 +30,10 @@ from diff2to3.pipeline.photos import Photo, as_it_is, frame_cut_out, frame_like_
 from diff2to3.types import Gaussians, SparseVoxels
 from diff2to3.vae.decoder import Decoder
 from diff2to3.vae.sparse_structure import StructureDecoder, active_voxels, with_one_active
+from diff2to3.views.cameras import CameraConfig, sample_cameras
 
+#: What StageSettings.prune looks at.
+PRUNE_VIEWS, PRUNE_SIZE = 16, 128
 #: A photo, several photos of one object, or a text.
 Prompt = Image.Image | Photo | Sequence[Image.Image | Photo] | str
 
@@ -265,6 +270,8 @@ class ImageTo3D:
                 if others is not None:
                     pairs = zip(gaussians, decoder(others), strict=True)
                     gaussians = [combine.superposed([g, combine.mirrored(other)]) for g, other in pairs]
+            if second.prune:
+                gaussians = [without_hidden(g, second.prune) for g in gaussians]
             clock.lap("decode")
         # clones are ordinary tensors: what inference mode made cannot take part in autograd
         active = coords[:, 1:].split(torch.bincount(coords[:, 0], minlength=len(seeds)).tolist())
@@ -424,6 +431,14 @@ class ImageTo3D:
             yield network
         finally:
             network.to("cpu")
+
+
+def without_hidden(gaussians: Gaussians, least: float) -> Gaussians:
+    """Those of which pictures from all sides show at least ``least`` pixels; all, if none does."""
+    config = CameraConfig("sphere", num_views=PRUNE_VIEWS)
+    cameras = sample_cameras(config, PRUNE_SIZE, PRUNE_SIZE, np.random.default_rng(0))
+    kept = shown(gaussians, *cameras, PRUNE_SIZE, PRUNE_SIZE) >= least
+    return combine.chosen(gaussians, kept) if bool(kept.any()) else gaussians
 
 
 def share_of(progress: Progress | None, number: int, count: int) -> Progress | None:

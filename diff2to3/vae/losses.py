@@ -15,6 +15,39 @@ from diff2to3.vae.posterior import Posterior
 WINDOW, SIGMA = 11, 1.5
 
 
+#: Where the surface loss turns from quadratic to indifferent, in object units: an outlier counts as one, however far.
+REACH = 0.02
+
+
+def surface_distances(
+    gaussians: Gaussians, surface: Tensor, generator: torch.Generator, count: int = 1024
+) -> Tensor:
+    """How far centres of Gaussians are from points on a surface [N, 3], and the other way: 0 to 1, differentiable.
+
+    Mean over ``count`` Gaussians at random, weighed by opacity, of d² / (d² + REACH²), d to the nearest point; and over
+    half as many points, d to the nearest Gaussian that is at least half opaque. Half the sum: what precision and
+    recall, whose harmonic mean is the F-score, are steps of. Not in the paper.
+    """
+    means, opacities = gaussians.means, gaussians.opacities
+    with torch.no_grad():
+        some = torch.randperm(len(means), generator=generator)[:count].to(means.device)
+        wanted = surface[torch.randperm(len(surface), generator=generator)[: count // 2].to(surface.device)]
+        solid = (opacities >= 0.5).nonzero()[:, 0]
+        nearest_point = torch.cdist(means[some], surface).argmin(1)
+        nearest = solid[torch.cdist(wanted, means[solid]).argmin(1)] if len(solid) else None
+    weight = opacities[some]
+    precise = (weight * lost(means[some] - surface[nearest_point])).sum() / weight.sum().clamp(min=1e-6)
+    if nearest is None:
+        return (precise + 1) / 2
+    return (precise + lost(means[nearest] - wanted).mean()) / 2
+
+
+def lost(difference: Tensor) -> Tensor:
+    """d² / (d² + REACH²) of vectors [N, 3]."""
+    squared = difference.square().sum(1)
+    return squared / (squared + REACH**2)
+
+
 def l1(images: Tensor, targets: Tensor) -> Tensor:
     """Mean absolute difference of images [V, H, W, C]: [V]."""
     return (images - targets).abs().flatten(1).mean(1)

@@ -27,6 +27,7 @@ SETTINGS = {
         "cond": {"size": 32, "cameras": {"kind": "fitted", "num_views": 4, "fov_range": [20, 40]}},
     },
     "resolutions": [16, 32],
+    "points": [200],
     "features": {
         "rgb": {"provider": "rgb", "resolution": 16, "modes": ["visible", "mean"]},
         "stats": {"provider": "rgb_stats", "stride": 4, "resolution": 16, "dtype": "float32"},

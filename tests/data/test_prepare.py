@@ -234,7 +234,8 @@ class TestRefusals:
         with pytest.raises(InputError, match="features_rgb needs views_input"):
             prepare(settings(tmp_path / "set", stages=["features"]), InlineExecutor())
         with pytest.raises(
-            InputError, match=r"unknown stage 'latent'; known are views, voxels, features, .*views_input"
+            InputError,
+            match=r"unknown stage 'latent'; known are views, voxels, points, features, .*views_input",
         ):
             prepare(settings(tmp_path / "set", stages=["latent"]), InlineExecutor())
 
@@ -250,6 +251,27 @@ class TestRefusals:
     def test_a_part_outside_the_array(self, tmp_path: Path, settings: Settings) -> None:
         with pytest.raises(InputError, match="0 <= i < n"):
             prepare(settings(tmp_path), InlineExecutor(), part=(3, 3))
+
+
+def test_points_lie_on_all_sides_of_the_surface(prepared: Path, tmp_path: Path, settings: Settings) -> None:
+    """Of boxes: one coordinate is that of a side, by its share of the area; of mirrored ones, mirrored."""
+    out = tmp_path / "set"
+    shutil.copytree(prepared, out)
+    for report in prepare(settings(out, stages=["points"], mirror=["train"]), InlineExecutor()):
+        assert not report.failed
+    store, source = AssetStore(out, ["points_200"]), AssetSource(settings(out))
+    assert len(store.assets()) == 14
+    for asset in store.assets():
+        points = store.open(asset, "points_200").tensors("points.safetensors")["points"].float()
+        corners = torch.from_numpy(source.load(asset.id).triangles).float().flatten(0, 1)
+        half = corners.amax(0)
+        sides = ((points.abs() - half).abs() < 1e-3).float()
+        assert len(points) == 200 and bool((points.abs() <= half + 1e-3).all())
+        assert float(sides.amax(1).min()) == 1
+        areas = half.prod() / half
+        assert torch.allclose(sides.mean(0), areas / areas.sum(), atol=0.15)
+    again = prepare(settings(out, stages=["points"], mirror=["train"]), InlineExecutor())
+    assert [report.num_made for report in again] == [0]
 
 
 def test_mirrored_assets_are_assets_of_their_own(tmp_path: Path, prepared: Path, settings: Settings) -> None:

@@ -39,6 +39,7 @@ def dataset(tmp_path_factory):
         "tokens_x": [],
         "tokens_y": [],
         "views_target": [],
+        "points_50": [],
     }
     viewmat, K = torch.eye(4), torch.tensor([[24.0, 0, 12], [0, 24, 12], [0, 0, 1]])
     viewmat[2, 3] = 1.5
@@ -48,6 +49,8 @@ def dataset(tmp_path_factory):
         coords = torch.stack([cells // 64, cells // 8 % 8, cells % 8], 1).to(torch.uint8)
         mean = 3 + 2 * torch.randn(len(coords), 4, generator=generator)
         dense = torch.randn(4, 4, 4, 4, generator=generator)
+        points = {"points": (torch.rand(50, 3, generator=torch.Generator().manual_seed(i)) - 0.5).half()}
+        members["points_50"].append(({"points.safetensors": points}, {"num_points": 50}))
         images = {
             f"{v:03d}.safetensors": {"latents": torch.randn(3, 8, 8, generator=generator)}
             for v in range(VIEWS)

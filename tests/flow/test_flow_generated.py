@@ -91,6 +91,40 @@ def test_the_loss_is_of_one_step_from_noise_on_the_voxels_it_is_given(dataset, d
     assert float(objective.network.out_layer.weight.grad.abs().max()) > 0
 
 
+def test_the_loss_may_count_how_far_the_surface_is(dataset, decoder_bundle):
+    """What it adds, from all pairs of centres and points, with as many drawn as there are."""
+    changes = {**CHANGES, "data.bundle": decoder_bundle[0], "data.points": "points_50"}
+    losses, seen = [], []
+    for weight in (0.0, 2.0):
+        task = task_for(dataset, "latents", **changes, **{"loss.render.surface": weight})
+        torch.manual_seed(1)
+        objective = task.objective()
+        objective.structure = lambda latents, drawn: packed(
+            [torch.tensor([[1, 2, 3], [4, 4, 5]])] * len(latents)
+        )
+        decoded = objective.decoded
+        objective.decoded = lambda data, decoded=decoded: seen.append(decoded(data)) or seen[-1]
+        batch = next(iter(task.loader(0, 0, 1)))
+        losses.append(objective(batch, Randomness(3, 4))["loss"])
+    for k, gaussians in enumerate(seen[-1]):
+        points = batch.tensors["points_50/points.safetensors"][k]["points"].double()
+        distances = (gaussians.means.detach().double()[:, None] - points).norm(dim=2)
+        opacities = gaussians.opacities.detach().double()
+        near = distances.amin(1) ** 2
+        precise = (opacities * near / (near + 0.02**2)).sum() / opacities.sum()
+        far = distances[opacities >= 0.5].amin(0) ** 2
+        expected = (precise + (far / (far + 0.02**2)).mean()) / 2
+        added = losses[1][k] - losses[0][k]
+        assert added.item() == pytest.approx(0.7 * 2 * float(expected), abs=1e-4)
+    losses[1].sum().backward()
+
+
+def test_a_surface_to_learn_from_has_to_be_named(dataset, decoder_bundle):
+    changes = {**CHANGES, "data.bundle": decoder_bundle[0], "loss.render.surface": 1.0}
+    with pytest.raises(Exception, match=r"loss\.render\.surface: needs data\.points"):
+        task_for(dataset, "latents", **changes)
+
+
 def test_stage_1_may_see_the_same_views_through_an_encoder_of_its_own(dataset, decoder_bundle):
     changes = {**CHANGES, "data.bundle": decoder_bundle[0], "data.generated.tokens": "tokens_y"}
     task = task_for(dataset, "latents", **changes)

@@ -12,11 +12,13 @@ from pipeline_helpers import NAMES, difference
 
 from diff2to3.errors import InputError
 from diff2to3.flow.tokens import ImageTokens
+from diff2to3.gaussians.visible import shown
 from diff2to3.pipeline import ImageTo3D, StageSettings
 from diff2to3.pipeline.denoise import Conditions
 from diff2to3.pipeline.image_to_3d import some_voxels
 from diff2to3.pipeline.load import load_model
 from diff2to3.types import SparseVoxels
+from diff2to3.views.cameras import CameraConfig, sample_cameras
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -216,6 +218,23 @@ def test_both_mirrors_share_one_structure(tiny, model):
     assert torch.equal(made.coords, mean.coords) and len(made.gaussians) == 2 * len(mean.gaussians)
 
 
+def test_pruned_objects_are_without_what_no_side_shows(tiny, model):
+    """Also of both guesses of a mirror; where nothing shows as much as is asked for, all stay."""
+    for mirror in (False, True):
+        whole, pruned, kept = (
+            model(
+                tiny.photo(), seed=1, latent=replace(model.latent_settings, mirror=mirror, prune=pixels)
+            ).gaussians
+            for pixels in (0.0, 2.0, 1e9)
+        )
+        assert 0 < len(pruned) < len(whole) == len(kept)
+        rows = {tuple(row) for row in whole.means.tolist()}
+        assert {tuple(row) for row in pruned.means.tolist()} <= rows
+        cameras = sample_cameras(CameraConfig("sphere", num_views=16), 128, 128, np.random.default_rng(0))
+        pixels = shown(whole, *cameras, 128, 128)
+        assert len(pruned) == int((pixels >= 2).sum())
+
+
 def test_a_mirror_image_without_voxels_gets_one(tiny, model, monkeypatch):
     """Nothing of it is lost, as long as the photo itself has some."""
     logits, calls = model.structure_logits, []
@@ -324,6 +343,7 @@ def test_ready_pictures_are_taken_as_they_are(tiny, model):
         (lambda m, p: m(p, structure=StageSettings(0)), "steps: expected at least 1"),
         (lambda m, p: m(p, structure=StageSettings(guidance_scale=float("nan"))), "guidance scale"),
         (lambda m, p: m(p, structure=StageSettings(threshold=float("nan"))), "threshold: expected a number"),
+        (lambda m, p: m(p, latent=StageSettings(prune=-1.0)), "prune: expected a number of pixels"),
         (lambda m, p: m(p, structure=StageSettings(sampler="rk99")), "sampler: expected one of euler"),
     ],
 )

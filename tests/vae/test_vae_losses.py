@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,6 +32,43 @@ def test_ssim_is_the_metric_and_differentiable() -> None:
     assert torch.allclose(losses.ssim(a, b), reference_ssim(a, b), atol=1e-12)
     a = a[:, :6, :5].requires_grad_()
     assert torch.autograd.gradcheck(lambda x: losses.ssim(x, b[:, :6, :5]), a)
+
+
+def some_gaussians(count: int, dtype: torch.dtype = torch.float64) -> Gaussians:
+    generator = torch.Generator().manual_seed(4)
+    means, quats = (torch.rand(count, n, generator=generator, dtype=dtype) for n in (3, 4))
+    opacities = torch.rand(count, generator=generator, dtype=dtype)
+    return Gaussians(means / 10, quats, means, opacities, means[:, None])
+
+
+def test_surface_distances_against_all_pairs() -> None:
+    gaussians, surface = some_gaussians(40), some_gaussians(60).means + 0.01
+    value = losses.surface_distances(gaussians, surface, torch.Generator(), 120)
+    pairs = (gaussians.means[:, None] - surface).norm(dim=2)
+    to, back = pairs.amin(1), pairs[gaussians.opacities >= 0.5].amin(0)
+    share = [d**2 / (d**2 + losses.REACH**2) for d in (to, back)]
+    precise = (share[0] * gaussians.opacities).sum() / gaussians.opacities.sum()
+    assert float(value) == pytest.approx(float(precise + share[1].mean()) / 2, rel=1e-9)
+
+    def loss(means: Tensor, opacities: Tensor) -> Tensor:
+        moved = replace(gaussians, means=means, opacities=opacities)
+        return losses.surface_distances(moved, surface, torch.Generator().manual_seed(0), 30)
+
+    inputs = gaussians.means.requires_grad_(), gaussians.opacities.requires_grad_()
+    assert torch.autograd.gradcheck(loss, inputs, eps=1e-8, atol=1e-4)
+
+
+def test_surface_distances_where_nothing_is_solid_or_all_is_right() -> None:
+    gaussians = some_gaussians(40)
+    surface = gaussians.means
+    on_it = losses.surface_distances(
+        replace(gaussians, opacities=torch.ones(40).double()), surface, torch.Generator()
+    )
+    assert float(on_it) < 1e-12
+    faint = replace(gaussians, opacities=torch.full((40,), 0.4).double())
+    assert float(losses.surface_distances(faint, surface, torch.Generator())) == pytest.approx(0.5)
+    nothing = replace(gaussians, opacities=torch.zeros(40).double())
+    assert math.isfinite(float(losses.surface_distances(nothing, surface, torch.Generator())))
 
 
 def test_pixel_losses_by_hand() -> None:

@@ -42,6 +42,7 @@ from diff2to3.training.tasks.flow_objective import (
     Statistics,
     Tensors,
     latent_member,
+    point_member,
     view_member,
     voxel_member,
 )
@@ -82,6 +83,7 @@ class FlowDataConfig:
     augment  random changes of the condition images' latents while training; see :class:`AugmentConfig`
     generated  see :class:`GeneratedConfig`; ``augment`` then changes what stage 1 sees, and that alone: on assets that
                it was trained with it has to be made as unsure as it is on others
+    points   stage latents: a stage points_<N>, for loss.render.surface; null without that
     validation_assets  how many of split ``val`` validation takes; spread evenly over the split
     """
 
@@ -90,6 +92,7 @@ class FlowDataConfig:
     tokens: str = MISSING
     bundle: str | None = None
     expected: str | None = None
+    points: str | None = None
     validation_assets: int = 32
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -98,8 +101,8 @@ class FlowDataConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How the model is sampled, in validation (which does without ``mirror``) and by whoever loads its bundle. The
-    fields are those of :class:`diff2to3.pipeline.denoise.StageSettings`.
+    """How the model is sampled, in validation (which does without ``mirror`` and ``prune``) and by whoever loads its
+    bundle. The fields are those of :class:`diff2to3.pipeline.denoise.StageSettings`.
     """
 
     sampler: str = "euler"
@@ -109,6 +112,7 @@ class SamplerConfig:
     shift: float = 3.0
     threshold: float = 0.0
     mirror: bool = False
+    prune: float = 0.0
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -117,6 +121,8 @@ class SamplerConfig:
             raise ValueError(f"guidance_interval: expected [low, high], got {self.guidance_interval}")
         if not math.isfinite(self.threshold):
             raise ValueError(f"threshold: expected a number, got {self.threshold}")
+        if not (self.prune >= 0 and math.isfinite(self.prune)):
+            raise ValueError(f"prune: expected a number of at least 0, got {self.prune}")
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,8 @@ class FlowRunConfig:
             )
         if render.weight and render.view_set not in self.data.loader.views:
             raise ValueError(f"loss.render: needs data.loader.views with {render.view_set!r} among them")
+        if render.surface and not self.data.points:
+            raise ValueError("loss.render.surface: needs data.points, a stage of points on the surface")
         if self.loss.guesses and not self.model.coarse_resolution:
             raise ValueError("loss.coarse, loss.fine: need model.coarse_resolution, of the coarse grid")
         kind = "latents_" if self.model.stage == "latents" else "structures_"
@@ -190,6 +198,7 @@ class FlowTask:
             c.data.augment,
             self.refiner() if c.loss.fine else None,
             c.data.expected,
+            c.data.points,
         )
 
     def refiner(self) -> Refiner:
@@ -211,6 +220,8 @@ class FlowTask:
             names.append(view_member(data.expected))
         elif compares:
             grids.append(self.grid_resolution)
+        if self.config.loss.render.surface and data.points is not None:
+            names.append(point_member(data.points))
         config = replace(data.loader, tensors=names, occupancy=grids)
         return TrainLoader(data.root, config, seed=seed, rank=rank, world_size=world_size)
 

@@ -5,6 +5,7 @@ batch.tensors ─normalise─▶ z_0, image tokens ─▶ z_t = (1 − t) z_0 + 
                                              image ─network.see─▶ logits of a coarse grid ↔ batch.occupancy, max-pooled
         in place of batch.occupancy, where it is asked for: the mean occupancy of assets whose pictures look alike
     stage latents:                           ẑ_0 ─decoder─▶ Gaussians ─▶ renderings ↔ batch.views
+                                                       centres ↔ points on the surface
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from diff2to3.training.tasks.vae_objective import (
     sum_weighted,
 )
 from diff2to3.types import Gaussians, SparseVoxels
-from diff2to3.vae.losses import l1, l2
+from diff2to3.vae.losses import l1, l2, surface_distances
 from diff2to3.vae.sparse_structure import coarsened
 from diff2to3.vae.structure_loss import cross_entropy, dice_loss
 
@@ -49,6 +50,8 @@ class RenderLossConfig:
     weight  of all of it; 0 for none. The velocity's error counts every latent channel of every voxel alike; this
             counts what is seen. Not for items whose image is left out
     l1, l2, ssim  weights of the terms; ssim weighs 1 - SSIM. L1 and SSIM are the autoencoder's (P3.3)
+    surface  weight of the distance between Gaussians and the asset's surface (diff2to3.vae.losses.surface_distances),
+             which pictures alone leave to a third of a voxel; needs data.points
     log     weight of the decimal logarithm of a view's mean squared error, which is PSNR / -10: a part less of a
             small error counts like a part less of a large one
     """
@@ -58,10 +61,11 @@ class RenderLossConfig:
     l2: float = 0.0
     ssim: float = 0.2
     log: float = 0.0
+    surface: float = 0.0
     view_set: str = "target"
 
     def __post_init__(self) -> None:
-        check_weights(self, ("weight", "l1", "l2", "ssim", "log"), "render.")
+        check_weights(self, ("weight", "l1", "l2", "ssim", "log", "surface"), "render.")
 
 
 @dataclass(frozen=True)
@@ -177,10 +181,11 @@ class FlowObjective(nn.Module):
         augment: AugmentConfig | None = None,
         refiner: Refiner | None = None,
         expected_stage: str | None = None,
+        point_stage: str | None = None,
     ) -> None:
         """``resolution``: of the voxels that sparse latents are on. ``decoder``: of the latents, for the losses on what
         they decode to; it is neither trained nor saved. ``refiner``: for the fine loss; it is not exported.
-        ``expected_stage``: of the occupancy that takes the truth's place.
+        ``expected_stage``: of the occupancy that takes the truth's place. ``point_stage``: of points on the surface.
         """
         super().__init__()
         self.name = "latent_flow" if latent_stage.startswith("latents_") else "structure_flow"
@@ -191,7 +196,7 @@ class FlowObjective(nn.Module):
         self.image_patch_size = image_patch_size
         self.augment = augment or AugmentConfig()
         self.refiner = refiner
-        self.expected_stage = expected_stage
+        self.expected_stage, self.point_stage = expected_stage, point_stage
         self.decoders = (decoder,)  # in a tuple, so that its weights are not the module's
 
     @property
@@ -314,7 +319,7 @@ class FlowObjective(nn.Module):
         return objects
 
     def render_loss(self, objects: Sequence[Gaussians], batch: Any, randomness: Any) -> Tensor:
-        """Difference [B] between the batch's views and renderings of ``objects``."""
+        """Difference [B] between the batch's views and renderings of ``objects``, and to their surfaces."""
         c = self.loss.render
         views = batch.views[c.view_set]
         backgrounds = random_backgrounds(batch.ids, randomness).to(views.images)
@@ -327,7 +332,15 @@ class FlowObjective(nn.Module):
                 error = c.l1 * l1(drawn, target).mean() + c.l2 * squared.mean()
                 if c.log:
                     error = error + c.log * torch.log10(squared + LEAST_ERROR).mean()
-                values.append(error + c.ssim * dissimilarity(drawn, target, own.alphas))
+                error = error + c.ssim * dissimilarity(drawn, target, own.alphas)
+                if c.surface:
+                    assert self.point_stage is not None
+                    points = batch.tensors[point_member(self.point_stage)][b]["points"].float()
+                    generator = randomness.generator(batch.ids[b], "surface")
+                    error = error + c.surface * surface_distances(
+                        gaussians.to(dtype=torch.float32), points, generator
+                    )
+                values.append(error)
         return torch.stack(values)
 
 
@@ -383,6 +396,10 @@ def view_member(stage: str) -> str:
 
 def voxel_member(resolution: int) -> str:
     return f"voxels_{resolution}/coords.safetensors"
+
+
+def point_member(stage: str) -> str:
+    return f"{stage}/points.safetensors"
 
 
 def true_grid(batch: Any) -> Tensor:
