@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from diff2to3.errors import InputError
 from diff2to3.flow.framing import Framing
 from diff2to3.gaussians import combine
-from diff2to3.gaussians.visible import shown
 from diff2to3.pipeline.denoise import (
     MULTI_IMAGE_MODES,
     Conditions,
@@ -27,13 +25,11 @@ from diff2to3.pipeline.denoise import (
     velocities,
 )
 from diff2to3.pipeline.photos import Photo, as_it_is, frame_cut_out, frame_like_trellis, prepare
+from diff2to3.pipeline.prune import without_hidden
 from diff2to3.types import Gaussians, SparseVoxels
 from diff2to3.vae.decoder import Decoder
 from diff2to3.vae.sparse_structure import StructureDecoder, active_voxels, with_one_active
-from diff2to3.views.cameras import CameraConfig, sample_cameras
 
-#: What StageSettings.prune looks at.
-PRUNE_VIEWS, PRUNE_SIZE = 16, 128
 #: A photo, several photos of one object, or a text.
 Prompt = Image.Image | Photo | Sequence[Image.Image | Photo] | str
 
@@ -431,14 +427,6 @@ class ImageTo3D:
             yield network
         finally:
             network.to("cpu")
-
-
-def without_hidden(gaussians: Gaussians, least: float) -> Gaussians:
-    """Those of which pictures from all sides show at least ``least`` pixels; all, if none does."""
-    config = CameraConfig("sphere", num_views=PRUNE_VIEWS)
-    cameras = sample_cameras(config, PRUNE_SIZE, PRUNE_SIZE, np.random.default_rng(0))
-    kept = shown(gaussians, *cameras, PRUNE_SIZE, PRUNE_SIZE) >= least
-    return combine.chosen(gaussians, kept) if bool(kept.any()) else gaussians
 
 
 def share_of(progress: Progress | None, number: int, count: int) -> Progress | None:
