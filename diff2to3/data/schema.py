@@ -182,7 +182,7 @@ class DataConfig:
                  other cameras, for models that see an image and have to know left from right
     variants     split -> how many variants of each of its assets, as assets of their own: stretched, recoloured,
                  a random half of them mirrored (see diff2to3.data.variants), with half as many views of each set
-    stages       in order: "views", "voxels", "features" for all of a kind, or one such as "features_rgb"
+    stages       in order: "views", "voxels", "points", "features" for all of a kind, or one such as "features_rgb"
     shard_size   assets a shard
     view_sets    name -> views
     resolutions  voxel grids
@@ -198,7 +198,7 @@ class DataConfig:
     limits: LimitConfig = field(default_factory=LimitConfig)
     mirror: list[str] = field(default_factory=list)
     variants: dict[str, int] = field(default_factory=dict)
-    stages: list[str] = field(default_factory=lambda: ["views", "voxels", "features"])
+    stages: list[str] = field(default_factory=lambda: ["views", "voxels", "points", "features"])
     shard_size: int = 64
     render: RenderConfig = field(default_factory=RenderConfig)
     view_sets: dict[str, ViewSetConfig] = field(default_factory=dict)

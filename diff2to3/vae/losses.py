@@ -24,9 +24,9 @@ def surface_distances(
 ) -> Tensor:
     """How far centres of Gaussians are from points on a surface [N, 3], and the other way: 0 to 1, differentiable.
 
-    Mean over ``count`` Gaussians at random, weighed by opacity, of d² / (d² + REACH²), d to the nearest point; and over
-    half as many points, d to the nearest Gaussian that is at least half opaque. Half the sum: what precision and
-    recall, whose harmonic mean is the F-score, are steps of. Not in the paper.
+    Mean over ``count`` Gaussians at random of opacity · d² / (d² + REACH²), d to the nearest point, so that one that is
+    far away comes nearer or turns transparent; and over half as many points, d to the nearest Gaussian that is at least
+    half opaque. Half the sum: smooth forms of what the F-score is made of. Not in the paper.
     """
     means, opacities = gaussians.means, gaussians.opacities
     with torch.no_grad():
@@ -35,8 +35,7 @@ def surface_distances(
         solid = (opacities >= 0.5).nonzero()[:, 0]
         nearest_point = torch.cdist(means[some], surface).argmin(1)
         nearest = solid[torch.cdist(wanted, means[solid]).argmin(1)] if len(solid) else None
-    weight = opacities[some]
-    precise = (weight * lost(means[some] - surface[nearest_point])).sum() / weight.sum().clamp(min=1e-6)
+    precise = (opacities[some] * lost(means[some] - surface[nearest_point])).mean()
     if nearest is None:
         return (precise + 1) / 2
     return (precise + lost(means[nearest] - wanted).mean()) / 2

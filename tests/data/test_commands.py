@@ -20,7 +20,15 @@ from diff2to3.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Of the small dataset.
-STAGES = ["views_input", "views_cond", "voxels_16", "voxels_32", "features_rgb", "features_stats"]
+STAGES = [
+    "views_input",
+    "views_cond",
+    "voxels_16",
+    "voxels_32",
+    "points_200",
+    "features_rgb",
+    "features_stats",
+]
 CONFIGS = sorted((ROOT / "configs/data").glob("*.yaml"))
 
 

@@ -95,7 +95,7 @@ def test_a_second_run_does_nothing(prepared: Path, settings: Settings, content_o
     before, executor = content_of(prepared), CountingExecutor()
     reports = prepare(settings(prepared), executor)
     assert executor.tasks == [] and content_of(prepared) == before
-    assert [(r.num_made, r.num_assets, r.failed) for r in reports] == [(0, 8, {})] * 6
+    assert [(r.num_made, r.num_assets, r.failed) for r in reports] == [(0, 8, {})] * 7
 
 
 class TestSameBytes:
@@ -119,7 +119,7 @@ class TestSameBytes:
     def test_stages_one_at_a_time(
         self, tmp_path: Path, prepared: Path, settings: Settings, content_of: Content
     ) -> None:
-        for stage in ("voxels", "views_cond", "views_input", "features"):
+        for stage in ("voxels", "views_cond", "points", "views_input", "features"):
             prepare(settings(tmp_path / "set", stages=[stage]), InlineExecutor())
         assert content_of(tmp_path / "set") == content_of(prepared)
 
