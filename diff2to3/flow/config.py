@@ -141,6 +141,11 @@ class SMDiTConfig:
                 f"image_blocks, coarse_resolution: expected no negative number, and a multiple of the {self.grid} "
                 f"tokens on each axis, got {self.image_blocks}, {self.coarse_resolution}"
             )
+        if self.coarse_prototypes < 0 or (self.coarse_prototypes and not self.coarse_resolution):
+            raise ValueError(
+                "coarse_prototypes: expected no negative number, and coarse_resolution with it, "
+                f"got {self.coarse_prototypes} with {self.coarse_resolution}"
+            )
         if self.image_blocks and not self.embeds_positions:
             raise ValueError("image_blocks: need absolute positions (absolute, or position ape)")
 

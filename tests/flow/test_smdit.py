@@ -357,6 +357,8 @@ def test_training_starts_at_zero_velocity(generator):
         ({"image_blocks": -1, "absolute": True}, "image_blocks"),
         ({"coarse_resolution": 8}, "coarse_resolution: stage structure only"),
         ({"stage": "structure", "coarse_resolution": 5}, "coarse_resolution"),
+        ({"stage": "structure", "coarse_prototypes": 5}, "coarse_prototypes"),
+        ({"stage": "structure", "coarse_resolution": 4, "coarse_prototypes": -1}, "coarse_prototypes"),
         ({"num_heads": 5}, "num_heads"),
         ({"io_channels": [8, 8]}, "io_channels"),
         ({"io_kernel": "star"}, "io_kernel"),
