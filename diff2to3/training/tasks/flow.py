@@ -34,6 +34,7 @@ from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.flow_augment import AugmentConfig
 from diff2to3.training.tasks.flow_generated import GeneratedObjective, StructureStage
 from diff2to3.training.tasks.flow_objective import (
+    BatchStages,
     CoarseObjective,
     FlowLossConfig,
     FlowObjective,
@@ -176,30 +177,29 @@ def flow_task(config: FlowRunConfig) -> FlowTask:
 class FlowTask:
     """See :class:`diff2to3.training.task.Task`."""
 
-    objective_type: type[FlowObjective] = FlowObjective
-
     def __init__(self, config: FlowRunConfig) -> None:
         self.config = config
         bundle, threshold = config.data.bundle, config.sampling.threshold
         self.judge = Judge(bundle, config.model.stage, threshold) if bundle else None
 
     def objective(self) -> FlowObjective:
+        return FlowObjective(**self.parts())
+
+    def parts(self) -> dict[str, Any]:
+        """What a :class:`FlowObjective` is made of."""
         c = self.config
-        return self.objective_type(
-            build_network(c.model),
-            c.loss,
-            Normalization(self.latent_statistics()),
-            Normalization(self.statistics(c.data.tokens)),
-            c.data.latents,
-            c.data.tokens,
-            c.model.resolution,
-            c.model.image_patch_size,
-            self.judge.decoder if c.loss.decodes and self.judge else None,
-            c.data.augment,
-            self.refiner() if c.loss.fine else None,
-            c.data.expected,
-            c.data.points,
-        )
+        return {
+            "network": build_network(c.model),
+            "loss": c.loss,
+            "latents": Normalization(self.latent_statistics()),
+            "image": Normalization(self.statistics(c.data.tokens)),
+            "stages": BatchStages(c.data.latents, c.data.tokens, c.data.expected, c.data.points),
+            "resolution": c.model.resolution,
+            "image_patch_size": c.model.image_patch_size,
+            "decoder": self.judge.decoder if c.loss.decodes and self.judge else None,
+            "augment": c.data.augment,
+            "refiner": self.refiner() if c.loss.fine else None,
+        }
 
     def refiner(self) -> Refiner:
         """For the fine loss."""
@@ -388,7 +388,8 @@ class FlowTask:
 class CoarseTask(FlowTask):
     """Only what sees the image alone, on the coarse grid that it guesses."""
 
-    objective_type = CoarseObjective
+    def objective(self) -> CoarseObjective:
+        return CoarseObjective(**self.parts())
 
     def blocks(self, objective: nn.Module) -> list[nn.Module]:
         network: Any = objective.network
@@ -410,17 +411,14 @@ class CoarseTask(FlowTask):
 class GeneratedTask(FlowTask):
     """Stage 2 on generated voxels."""
 
-    objective_type = GeneratedObjective
-
-    def objective(self) -> FlowObjective:
-        objective = super().objective()
-        assert isinstance(objective, GeneratedObjective)
+    def objective(self) -> GeneratedObjective:
         generated = self.config.data.generated
         assert generated.bundle is not None
-        objective.structure = StructureStage(generated.bundle, generated.threshold)
+        structure = StructureStage(generated.bundle, generated.threshold)
+        sees = None
         if generated.tokens is not None:
-            objective.structure_sees = (generated.tokens, Normalization(self.statistics(generated.tokens)))
-        return objective
+            sees = (generated.tokens, Normalization(self.statistics(generated.tokens)))
+        return GeneratedObjective(structure, sees, **self.parts())
 
     def tensor_names(self) -> list[str]:
         data = self.config.data

@@ -10,7 +10,7 @@ is one step from noise to Gaussians.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -58,12 +58,22 @@ def load_model(source: str, device: torch.device) -> ImageTo3D:
 
 
 class GeneratedObjective(FlowObjective):
-    """A network for stage 2, judged by what is generated with it. Set by the task: ``structure``; and where stage 1 has
-    an image encoder of its own ``structure_sees``: the stage of its latents, and what normalises them.
+    """A network for stage 2, judged by what is generated with it.
+
+    structure  image latents and a generator an item → active voxels, as :class:`StructureStage` does
+    sees       where stage 1 has an image encoder of its own: the stage of its latents, and what normalises them
+    parts      as of :class:`FlowObjective`
     """
 
-    structure: StructureStage
-    structure_sees: tuple[str, Normalization] | None = None  # in a tuple, so that it is not the module's
+    def __init__(
+        self,
+        structure: Callable[[Tensor, Sequence[torch.Generator]], Tensor],
+        sees: tuple[str, Normalization] | None = None,
+        **parts: Any,
+    ) -> None:
+        super().__init__(**parts)
+        self.structure = structure
+        self.structure_sees = sees  # in a tuple, so that it is not the module's
 
     def forward(self, batch: Any, randomness: Any) -> dict[str, Tensor]:
         generators = [randomness.generator(i, "flow") for i in batch.ids]

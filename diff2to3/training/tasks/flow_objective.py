@@ -130,6 +130,21 @@ class FlowLossConfig:
         return self.coarse > 0 or self.fine > 0
 
 
+@dataclass(frozen=True)
+class BatchStages:
+    """Stages of the data set that batches have tensors of.
+
+    latents, tokens  the latents that are learnt, and those of the condition images
+    expected  the occupancy that takes the truth's place; None for the truth
+    points    points on the surface; None without that loss
+    """
+
+    latents: str
+    tokens: str
+    expected: str | None = None
+    points: str | None = None
+
+
 def check_weights(config: object, names: Sequence[str], prefix: str = "") -> None:
     """ValueError for a field that is no number of at least 0."""
     for name in names:
@@ -173,30 +188,25 @@ class FlowObjective(nn.Module):
         loss: FlowLossConfig,
         latents: Normalization,
         image: Normalization,
-        latent_stage: str,
-        token_stage: str,
+        stages: BatchStages,
         resolution: int,
         image_patch_size: int,
         decoder: nn.Module | None = None,
         augment: AugmentConfig | None = None,
         refiner: Refiner | None = None,
-        expected_stage: str | None = None,
-        point_stage: str | None = None,
     ) -> None:
         """``resolution``: of the voxels that sparse latents are on. ``decoder``: of the latents, for the losses on what
         they decode to; it is neither trained nor saved. ``refiner``: for the fine loss; it is not exported.
-        ``expected_stage``: of the occupancy that takes the truth's place. ``point_stage``: of points on the surface.
         """
         super().__init__()
-        self.name = "latent_flow" if latent_stage.startswith("latents_") else "structure_flow"
+        self.name = "latent_flow" if stages.latents.startswith("latents_") else "structure_flow"
         self.add_module(self.name, network)  # the name it has in bundles, so that runs can begin with one
         self.loss = loss
         self.latents, self.image = latents, image
-        self.latent_stage, self.token_stage, self.resolution = latent_stage, token_stage, resolution
+        self.stages, self.resolution = stages, resolution
         self.image_patch_size = image_patch_size
         self.augment = augment or AugmentConfig()
         self.refiner = refiner
-        self.expected_stage, self.point_stage = expected_stage, point_stage
         self.decoders = (decoder,)  # in a tuple, so that its weights are not the module's
 
     @property
@@ -205,11 +215,11 @@ class FlowObjective(nn.Module):
 
     @property
     def sparse(self) -> bool:
-        return self.latent_stage.startswith("latents_")
+        return self.stages.latents.startswith("latents_")
 
     def image_latents(self, tensors: Tensors) -> Tensor:
         """Normalised image latents [B, C, h, w] of a batch."""
-        return self.image(stored_image_latents(tensors, self.token_stage))
+        return self.image(stored_image_latents(tensors, self.stages.tokens))
 
     def images(self, tensors: Tensors) -> ImageTokens:
         """Tokens of a batch's images."""
@@ -226,7 +236,7 @@ class FlowObjective(nn.Module):
 
     def data(self, tensors: Tensors) -> Tensor | SparseVoxels:
         """Normalised latents of a batch."""
-        stored = [item["mean"].float() for item in tensors[latent_member(self.latent_stage)]]
+        stored = [item["mean"].float() for item in tensors[latent_member(self.stages.latents)]]
         if not self.sparse:
             return self.latents(torch.stack(stored))
         coords = [item["coords"] for item in tensors[voxel_member(self.resolution)]]
@@ -278,9 +288,9 @@ class FlowObjective(nn.Module):
 
     def occupancy(self, batch: Any) -> Tensor:
         """What occupancy is compared with [B, R, R, R]: the true one, bool, or the one expected from the image."""
-        if self.expected_stage is None:
+        if self.stages.expected is None:
             return true_grid(batch)
-        stored = [item["occupancy"] for item in batch.tensors[view_member(self.expected_stage)]]
+        stored = [item["occupancy"] for item in batch.tensors[view_member(self.stages.expected)]]
         return torch.stack(stored).float() / 255
 
     def guess_losses(self, seen: SeenImage | None, wanted: Tensor) -> dict[str, Tensor]:
@@ -292,7 +302,7 @@ class FlowObjective(nn.Module):
 
         def difference(logits: Tensor, grid: Tensor) -> Tensor:
             entropy = cross_entropy(logits, grid)
-            return entropy if self.expected_stage is not None else dice_loss(logits, grid) + entropy
+            return entropy if self.stages.expected is not None else dice_loss(logits, grid) + entropy
 
         terms = {}
         if self.loss.coarse:
@@ -334,8 +344,8 @@ class FlowObjective(nn.Module):
                     error = error + c.log * torch.log10(squared + LEAST_ERROR).mean()
                 error = error + c.ssim * dissimilarity(drawn, target, own.alphas)
                 if c.surface:
-                    assert self.point_stage is not None
-                    points = batch.tensors[point_member(self.point_stage)][b]["points"].float()
+                    assert self.stages.points is not None
+                    points = batch.tensors[point_member(self.stages.points)][b]["points"].float()
                     generator = randomness.generator(batch.ids[b], "surface")
                     error = error + c.surface * surface_distances(
                         gaussians.to(dtype=torch.float32), points, generator

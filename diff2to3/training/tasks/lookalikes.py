@@ -111,7 +111,7 @@ def read_memory(
     """All views of these assets."""
     descriptors, owner, grids = [], [], []
     for k, asset in enumerate(tqdm(assets, desc="views", unit="asset")):
-        stored = store.open(asset, objective.token_stage)
+        stored = store.open(asset, objective.stages.tokens)
         latents = torch.stack(
             [stored.tensors(name)["latents"].float() for name in sorted(stored.entry.members)]
         )
