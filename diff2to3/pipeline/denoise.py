@@ -68,9 +68,10 @@ class StageSettings:
     def __post_init__(self) -> None:
         if self.num_steps < 1:
             raise InputError(f"steps: expected at least 1, got {self.num_steps}")
-        low, high = self.guidance_interval
-        if not (self.shift > 0 and low <= high):
-            raise InputError(f"shift must be positive and the guidance interval (low, high), got {self}")
+        interval = tuple(self.guidance_interval)  # read from a file it is a list
+        if not (self.shift > 0 and len(interval) == 2 and interval[0] <= interval[1]):
+            raise InputError(f"shift must be positive and guidance_interval [low, high], got {self}")
+        object.__setattr__(self, "guidance_interval", interval)
         if not abs(self.guidance_scale) < 1e3:  # also false for NaN
             raise InputError(f"guidance scale: expected a number below 1000, got {self.guidance_scale}")
         if not math.isfinite(self.threshold):

@@ -156,7 +156,10 @@ def load_bundle(place: Source, options: Options) -> ImageTo3D:
     settings = info.settings
     try:
         samplers = settings.get("samplers", {})
-        stages = [stage_from_dict(samplers.get(name, {})) for name in ("structure", "latent")]
+        stages = [
+            config_from_dict(StageSettings, samplers.get(name, {}), f"{path}: samplers: {name}")
+            for name in ("structure", "latent")
+        ]
         latents = settings.get("latents", settings.get("normalization"))
         statistics = [settings.get("structure_latents"), latents, settings.get("image_latents"), None]
         structure_conditioner = None
@@ -206,15 +209,6 @@ def load_bundle_network(
     config: Any = config_from_dict(schema, entry.config, f"{folder / MODEL_FILE}: {name}")
     path = folder / entry.file if place is None else place.file(entry.file)
     return fill(lambda: module(config), path, entry.half, options)
-
-
-def stage_from_dict(values: Mapping[str, Any]) -> StageSettings:
-    """What is not said is as :class:`StageSettings` says."""
-    given = dict(values)
-    if "guidance_interval" in given:
-        low, high = given["guidance_interval"]
-        given["guidance_interval"] = (float(low), float(high))
-    return StageSettings(**given)
 
 
 # ---- TRELLIS ----

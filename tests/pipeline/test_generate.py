@@ -290,6 +290,10 @@ BAD_MODELS = {
     "latents: expected 4 means and deviations, got 3 and 4": lambda f: edit(
         f, lambda v: v["settings"]["latents"]["mean"].pop()
     ),
+    "samplers: structure: ": lambda f: edit(
+        f, lambda v: v["settings"]["samplers"]["structure"].update(guidance_interval=[0.1, 0.5, 1.0])
+    ),
+    "samplers: latent: ": lambda f: edit(f, lambda v: v["settings"]["samplers"]["latent"].update(steps=5)),
     "settings are damaged: margin": lambda f: edit(f, lambda v: v["settings"]["condition"].update(margin=0)),
     "sampler: expected one of euler": lambda f: edit(
         f, lambda v: v["settings"]["samplers"]["latent"].update(sampler="ddim")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from diff2to3.flow.matching import noised, squared_error, target_velocity
 from diff2to3.flow.networks import FlowConfig, build_network, predict, see, velocity_of
 from diff2to3.flow.samplers import SAMPLERS, guided, timesteps
 from diff2to3.flow.tokens import ImageTokens
+from diff2to3.pipeline.denoise import StageSettings
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.flow_augment import AugmentConfig
@@ -101,39 +101,17 @@ class FlowDataConfig:
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
-    """How the model is sampled, in validation (which does without ``mirror`` and ``prune``) and by whoever loads its
-    bundle. The fields are those of :class:`diff2to3.pipeline.denoise.StageSettings`.
-    """
-
-    sampler: str = "euler"
-    num_steps: int = 25
-    guidance_scale: float = 3.0
-    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    shift: float = 3.0
-    threshold: float = 0.0
-    mirror: bool = False
-    prune: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
-        if len(self.guidance_interval) != 2:
-            raise ValueError(f"guidance_interval: expected [low, high], got {self.guidance_interval}")
-        if not math.isfinite(self.threshold):
-            raise ValueError(f"threshold: expected a number, got {self.threshold}")
-        if not (self.prune >= 0 and math.isfinite(self.prune)):
-            raise ValueError(f"prune: expected a number of at least 0, got {self.prune}")
-
-
-@dataclass(frozen=True)
 class FlowRunConfig:
-    """A training run of one stage."""
+    """A training run of one stage.
+
+    sampling  how the model is sampled by whoever loads its bundle, and in validation, which does without ``mirror`` and
+              ``prune``
+    """
 
     data: FlowDataConfig = field(default_factory=FlowDataConfig)
     model: FlowConfig = field(default_factory=FlowConfig)
     loss: FlowLossConfig = field(default_factory=FlowLossConfig)
-    sampling: SamplerConfig = field(default_factory=SamplerConfig)
+    sampling: StageSettings = field(default_factory=lambda: StageSettings(guidance_scale=3.0))
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -288,12 +266,11 @@ class FlowTask:
         shape = latents.feats.shape if isinstance(latents, SparseVoxels) else latents.shape
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(image.feats.device)
         absent = ImageTokens.none(image.batch_size, image.channels, image.feats.device)
-        low, high = c.guidance_interval
         velocity = guided(
             velocity_of(objective.network, latents, image),
             velocity_of(objective.network, latents, absent),
             c.guidance_scale,
-            (low, high),
+            c.guidance_interval,
         )
         z = SAMPLERS[c.sampler](velocity, noise, timesteps(c.num_steps, c.shift))
         return objective.latents.invert(z)
