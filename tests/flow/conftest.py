@@ -40,6 +40,7 @@ def dataset(tmp_path_factory):
         "tokens_y": [],
         "views_target": [],
         "points_50": [],
+        "expected_z": [],
     }
     viewmat, K = torch.eye(4), torch.tensor([[24.0, 0, 12], [0, 24, 12], [0, 0, 1]])
     viewmat[2, 3] = 1.5
@@ -51,6 +52,9 @@ def dataset(tmp_path_factory):
         dense = torch.randn(4, 4, 4, 4, generator=generator)
         points = {"points": (torch.rand(50, 3, generator=torch.Generator().manual_seed(i)) - 0.5).half()}
         members["points_50"].append(({"points.safetensors": points}, {"num_points": 50}))
+        grids = torch.randint(256, (VIEWS, 8, 8, 8), generator=torch.Generator().manual_seed(i)).byte()
+        expected = {f"{v:03d}.safetensors": {"occupancy": grid} for v, grid in enumerate(grids)}
+        members["expected_z"].append((expected, {"num_views": VIEWS}))
         images = {
             f"{v:03d}.safetensors": {"latents": torch.randn(3, 8, 8, generator=generator)}
             for v in range(VIEWS)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from flow_runs import arguments, task_for
+from flow_runs import VIEWS, arguments, task_for
 
 from diff2to3.config import load_config
+from diff2to3.data.store import AssetStore
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.gaussians.render import render
 from diff2to3.metrics.image import ssim
@@ -144,6 +145,42 @@ def test_stage_1_may_see_the_same_views_through_an_encoder_of_its_own(dataset, d
     task.made(objective, store, assets)
     wanted = objective.image_latents(task.read(objective, store, assets))[:, :2]
     torch.testing.assert_close(seen.pop(), wanted)
+
+
+def test_training_may_take_the_voxels_from_what_is_expected_of_the_view(dataset, decoder_bundle):
+    """Of the same view as the image, above the share; validation still asks stage 1."""
+    changes = {**CHANGES, "data.bundle": decoder_bundle[0], "data.expected": "expected_z"}
+    task = task_for(dataset, "latents", **changes, **{"data.generated.share": 0.9})
+    objective, cells = task.objective(), torch.tensor([[1, 2, 3]])
+    steps, asked = [], []
+    one_step = objective.one_step
+    objective.one_step = lambda coords, *rest: steps.append(coords) or one_step(coords, *rest)
+    objective.structure = lambda latents, drawn: asked.append(latents) or packed([cells] * len(latents))
+    batch = next(iter(task.loader(0, 0, 1)))
+    objective(batch, Randomness(3, 4))
+    assert not asked
+    store = AssetStore(dataset, ["expected_z", "tokens_x"])
+    wanted = []
+    for name, image in zip(batch.ids, batch.tensors["tokens_x/*.safetensors"], strict=True):
+        (asset,) = (a for a in store.assets("train") if a.id == name)
+        members = [f"{v:03d}.safetensors" for v in range(VIEWS)]
+        (view,) = (
+            m
+            for m in members
+            if torch.equal(store.open(asset, "tokens_x").tensors(m)["latents"], image["latents"])
+        )
+        grid = store.open(asset, "expected_z").tensors(view)["occupancy"]
+        wanted.append((grid >= 230).nonzero())  # 0.9 of 255 is 229.5
+    torch.testing.assert_close(steps.pop(), packed(wanted))
+    made, _ = task.made(objective, *task.validation(1))
+    torch.testing.assert_close(made.coords, packed([cells]))
+    assert len(asked) == 1
+
+
+def test_expected_voxels_are_for_generated_ones_only(dataset, decoder_bundle):
+    changes = {**CHANGES, "data.bundle": decoder_bundle[0], "data.expected": "expected_z"}
+    with pytest.raises(Exception, match=r"data\.expected: stage latents needs data\.generated"):
+        task_for(dataset, "latents", **{**changes, "data.generated.bundle": "null"})
 
 
 def test_a_run_trains_validates_and_exports(dataset, decoder_bundle, tmp_path, monkeypatch):

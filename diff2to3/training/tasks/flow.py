@@ -63,11 +63,14 @@ class GeneratedConfig:
     bundle     name or folder of a whole model; null for the assets' own voxels
     tokens     stage of the condition images' latents that this model's stage 1 sees; null for those of stage 2
     threshold  the logit above which a voxel is active; below 0, there are more of them to choose from
+    share      with data.expected: the expected occupancy above which a voxel is active, in place of stage 1's own
+               guess, which is better on assets that it was trained with than it is on others
     """
 
     bundle: str | None = None
     tokens: str | None = None
     threshold: float = 0.0
+    share: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,9 @@ class FlowDataConfig:
     tokens   stage of the condition images' latents
     bundle   folder with the decoder of these latents, for pictures and scores, and with their statistics (else
              those of the training split are taken); null for neither
-    expected  stage structure: a stage that train/lookalikes.py wrote, whose occupancy takes the place of the assets'
-              own in the losses; null for their own
+    expected  a stage that train/lookalikes.py wrote, null for none. Stage structure: its occupancy takes the place of
+              the assets' own in the losses. Stage latents with data.generated: training takes the voxels from it; to
+              be written with --own-share 0
     augment  random changes of the condition images' latents while training; see :class:`AugmentConfig`
     generated  see :class:`GeneratedConfig`; ``augment`` then changes what stage 1 sees, and that alone: on assets that
                it was trained with it has to be made as unsure as it is on others
@@ -132,6 +136,8 @@ class FlowRunConfig:
             )
         if render.weight and render.view_set not in self.data.loader.views:
             raise ValueError(f"loss.render: needs data.loader.views with {render.view_set!r} among them")
+        if self.data.expected and self.model.stage == "latents" and not generated:
+            raise ValueError("data.expected: stage latents needs data.generated with it")
         if render.surface and not self.data.points:
             raise ValueError("loss.render.surface: needs data.points, a stage of points on the surface")
         if self.loss.guesses and not self.model.coarse_resolution:
@@ -194,7 +200,7 @@ class FlowTask:
         data = self.config.data
         compares = self.config.loss.compares_occupancy and self.judge is not None
         names, grids = self.tensor_names(), []
-        if compares and data.expected is not None:
+        if data.expected is not None:
             names.append(view_member(data.expected))
         elif compares:
             grids.append(self.grid_resolution)
@@ -395,7 +401,7 @@ class GeneratedTask(FlowTask):
         sees = None
         if generated.tokens is not None:
             sees = (generated.tokens, Normalization(self.statistics(generated.tokens)))
-        return GeneratedObjective(structure, sees, **self.parts())
+        return GeneratedObjective(structure, sees, generated.share, **self.parts())
 
     def tensor_names(self) -> list[str]:
         data = self.config.data
@@ -415,8 +421,7 @@ class GeneratedTask(FlowTask):
         assert isinstance(objective, GeneratedObjective)
         tensors = self.read(objective, store, assets)
         generators = [Randomness(0, 0).generator(asset.id) for asset in assets]
-        latents = objective.image_latents(tensors)
-        voxels = objective.generated(latents, objective.structure_image_latents(tensors), generators)
+        voxels = objective.generated(tensors, generators)
         return voxels, objective.latents.invert(voxels.feats)
 
 

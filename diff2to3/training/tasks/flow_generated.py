@@ -1,6 +1,7 @@
 """Stage 2 taught on the voxels that stage 1 generates, as it meets them when it is used. Not in the paper.
 
 image ─augment─▶ stage 1 of a bundle, which stays as it is ─▶ voxels ┐
+    or, of assets that it knows too well: what is expected of them   │
 image ──────────────────────────────────────────── noise on these ─network─▶ ẑ_0 ─decoder─▶ Gaussians
     Gaussians ─▶ renderings ↔ batch.views
 
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor
 
 from diff2to3.flow.networks import predict
-from diff2to3.flow.tokens import ImageTokens
 from diff2to3.pipeline import ImageTo3D
 from diff2to3.pipeline.denoise import Conditions
 from diff2to3.training.tasks.flow_objective import (
@@ -62,6 +62,7 @@ class GeneratedObjective(FlowObjective):
 
     structure  image latents and a generator an item → active voxels, as :class:`StructureStage` does
     sees       where stage 1 has an image encoder of its own: the stage of its latents, and what normalises them
+    share      with a stage of expected occupancy: training takes the cells above it in place of stage 1's voxels
     parts      as of :class:`FlowObjective`
     """
 
@@ -69,19 +70,26 @@ class GeneratedObjective(FlowObjective):
         self,
         structure: Callable[[Tensor, Sequence[torch.Generator]], Tensor],
         sees: tuple[str, Normalization] | None = None,
+        share: float = 0.3,
         **parts: Any,
     ) -> None:
         super().__init__(**parts)
-        self.structure = structure
+        self.structure, self.share = structure, share
         self.structure_sees = sees  # in a tuple, so that it is not the module's
 
     def forward(self, batch: Any, randomness: Any) -> dict[str, Tensor]:
         generators = [randomness.generator(i, "flow") for i in batch.ids]
-        latents = self.image_latents(batch.tensors)
-        seen_first = self.augmented(self.structure_image_latents(batch.tensors), batch, randomness)
-        made = self.generated(latents, seen_first, generators)
+        made = self.one_step(self.training_voxels(batch, randomness, generators), batch.tensors, generators)
         loss = self.render_loss(self.decoded(made), batch, randomness)
         return {"loss": self.loss.render.weight * loss}
+
+    def training_voxels(self, batch: Any, randomness: Any, generators: Sequence[torch.Generator]) -> Tensor:
+        """Active voxels int32 [N, 4]: stage 1's, of augmented images; or the cells expected to be occupied."""
+        if self.stages.expected is not None:
+            wanted = self.occupancy(batch) - self.share
+            return active_voxels(with_one_active(wanted[:, None]))
+        seen = self.augmented(self.structure_image_latents(batch.tensors), batch, randomness)
+        return self.structure(seen, generators)
 
     def structure_image_latents(self, tensors: Tensors) -> Tensor:
         """Normalised image latents of a batch, as stage 1 sees them."""
@@ -91,15 +99,19 @@ class GeneratedObjective(FlowObjective):
         latents = stored_image_latents(tensors, stage)
         return normalization.to(latents.device)(latents)
 
-    def generated(
-        self, image_latents: Tensor, seen_first: Tensor, generators: Sequence[torch.Generator]
+    def generated(self, tensors: Tensors, generators: Sequence[torch.Generator]) -> SparseVoxels:
+        """Normalised latents of a batch's images, as generation makes them."""
+        coords = self.structure(self.structure_image_latents(tensors), generators)
+        return self.one_step(coords, tensors, generators)
+
+    def one_step(
+        self, coords: Tensor, tensors: Tensors, generators: Sequence[torch.Generator]
     ) -> SparseVoxels:
-        """Normalised latents, in one step from noise, on the voxels that stage 1 makes of ``seen_first``."""
-        coords = self.structure(seen_first, generators)
+        """Normalised latents, in one step from noise, on active voxels [N, 4]."""
+        image = self.images(tensors)
         counts = torch.bincount(coords[:, 0], minlength=len(generators)).tolist()
         shapes = [(count, len(self.latents.mean)) for count in counts]
-        noise = torch.cat(draw(shapes, generators)).to(image_latents.device)
+        noise = torch.cat(draw(shapes, generators)).to(coords.device)
         voxels = SparseVoxels.from_coords(coords, noise, self.resolution, len(generators))
-        image = ImageTokens.from_latents(image_latents, self.image_patch_size)
-        velocity = predict(self.network, voxels, image_latents.new_ones(len(generators)), image)
-        return voxels.with_feats(noise - velocity)
+        times = torch.ones(len(generators), device=coords.device)
+        return voxels.with_feats(noise - predict(self.network, voxels, times, image))
