@@ -63,9 +63,9 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     """The plain values of a schema instance: dicts, lists, numbers, strings, booleans and None."""
     if not dataclasses.is_dataclass(config):
         raise ValueError(f"config: expected a dataclass instance, got {type(config).__name__}")
-    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
-    assert isinstance(plain, dict)
-    return {str(k): v for k, v in plain.items()}
+    values = _plain(OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True))
+    assert isinstance(values, dict)
+    return values
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -73,6 +73,13 @@ def save_config(config: Any, path: str | Path) -> None:
     instance."""
     text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, width=100)
     write_atomic(Path(path), text)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples, which a file cannot tell from lists, as lists."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _read(path: Path) -> DictConfig:

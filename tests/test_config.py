@@ -97,6 +97,17 @@ def test_saved_configurations_load_to_the_same_values(
     assert config_from_dict(Run, config_to_dict(run)) == run
 
 
+def test_a_tuple_is_saved_as_the_list_that_is_read_back(tmp_path: Path) -> None:
+    @dataclass
+    class Interval:
+        ends: tuple[float, float] = (0.0, 1.0)
+
+    path = tmp_path / "interval.yaml"
+    save_config(Interval((0.25, 0.5)), path)
+    loaded = load_config(Interval, path)
+    assert config_to_dict(loaded) == config_to_dict(Interval((0.25, 0.5))) == {"ends": [0.25, 0.5]}
+
+
 def test_atomic_writing_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomic(path, "old")
