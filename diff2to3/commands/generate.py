@@ -75,6 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=1, help="assets generated at once; changes speed, not results"
     )
 
+    how.add_argument(
+        "--prune", type=float, metavar="PIXELS",
+        help="leave out Gaussians of which pictures of 128² from 16 sides show less in all, for smaller files: 0.05 "
+        "leaves out those inside",
+    )  # fmt: skip
+
     model = parser.add_argument_group("model and machine")
     model.add_argument(
         "--model", default=DEFAULT_MODEL,
@@ -161,7 +167,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, model: ImageTo3D, writer: Writer) -> None:
         self.args, self.model, self.writer = args, model, writer
         self.structure = override(model.structure_settings, args)
-        self.latent = override(model.latent_settings, args)
+        self.latent = override(model.latent_settings, args, prune=args.prune)
 
     def all(self, tasks: list[Task]) -> int:
         """Make every asset; returns how many failed. The only one's InputError is raised."""
@@ -313,11 +319,13 @@ def make_folder(folder: Path) -> None:
         raise InputError(f"{folder}: cannot be written to: {error.strerror or error}") from error
 
 
-def override(settings: StageSettings, args: argparse.Namespace) -> StageSettings:
+def override(settings: StageSettings, args: argparse.Namespace, **more: Any) -> StageSettings:
+    """A model's settings with those that the user gave; also ``more``, where it is not None."""
     changes: dict[str, Any] = {
         "num_steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "sampler": args.sampler,
+        **more,
     }
     return dataclasses.replace(settings, **{k: v for k, v in changes.items() if v is not None})
 

@@ -201,7 +201,8 @@ class TokenStage(BundleStage):
             "margin": self.chosen.margin,
             "size": self.size,
             "background": self.chosen.background,
-            # not where it is the usual one, whose data sets are older than the choice
+            # not where they are the usual ones, for there are data sets older than the choice
+            **({} if self.chosen.detail is None else {"detail": self.chosen.detail}),
             **({} if self.network_name == IMAGE_ENCODER else {"network": self.network_name}),
             "encoder": self.fingerprint(),
         }
@@ -223,7 +224,7 @@ class TokenStage(BundleStage):
         """[V, 3, size, size] as the encoder sees them."""
         if self.chosen.margin is None:
             return views.composite(self.chosen.background).permute(0, 3, 1, 2)
-        framing = Framing(self.size, self.chosen.margin, self.chosen.background)
+        framing = Framing(self.size, self.chosen.margin, self.chosen.background, self.chosen.detail)
         return frame_views(views.images, views.alphas, framing)
 
 

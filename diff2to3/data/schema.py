@@ -144,6 +144,7 @@ class TokenSetConfig:
                 exactly as generation crops a photo (diff2to3.flow.framing); null: views as they are
     size        pixels a side after cropping; null for the views' size
     background  grey level behind the object
+    detail      pixels a side that crops of more than ``size`` are first reduced to; null: as sharp as can be
     """
 
     bundle: str = MISSING
@@ -153,6 +154,7 @@ class TokenSetConfig:
     margin: float | None = 1.2
     size: int | None = None
     background: float = 0.5
+    detail: int | None = None
 
 
 @dataclass(frozen=True)

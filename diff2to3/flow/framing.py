@@ -24,11 +24,15 @@ class Framing:
     size        pixels a side
     margin      side of the picture over the longer side of the object's box
     background  grey level behind the object, sRGB-encoded
+    detail      pixels a side that a crop of more than ``size`` is first reduced to; None: it stays as sharp as can be.
+                A model that was trained on small views has only seen crops that were enlarged; sharper ones are
+                strange to it
     """
 
     size: int = 256
     margin: float = 1.2
     background: float = 0.5
+    detail: int | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -37,6 +41,8 @@ class Framing:
             raise ValueError(f"margin: expected a number from 1 to 16, got {self.margin}")
         if not 0 <= self.background <= 1:
             raise ValueError(f"background: expected a grey level from 0 to 1, got {self.background}")
+        if self.detail is not None and self.detail < 1:
+            raise ValueError(f"detail: expected a positive number of pixels, got {self.detail}")
 
 
 def object_box(alpha: Tensor) -> tuple[int, int, int, int] | None:
@@ -66,8 +72,15 @@ def frame(image: Tensor, alpha: Tensor, framing: Framing) -> Tensor:
     kept = premultiplied[:, max(y, 0) : y + side, max(x, 0) : x + side]
     over = (max(-x, 0), max(x + side - width, 0), max(-y, 0), max(y + side - height, 0))
     square = F.pad(kept, over)[None]
-    small = F.interpolate(square, (size, size), mode="bilinear", align_corners=False, antialias=True)[0]
+    if framing.detail is not None and side > size:
+        square = resized(square, framing.detail)
+    small = resized(square, size)[0]
     return (small[:3] + (1 - small[3:]) * framing.background).clamp(0, 1)
+
+
+def resized(pictures: Tensor, size: int) -> Tensor:
+    """[V, C, H, W] -> [V, C, size, size] (triangle filter, widened when shrinking)."""
+    return F.interpolate(pictures, (size, size), mode="bilinear", align_corners=False, antialias=True)
 
 
 def frame_views(images: Tensor, alphas: Tensor, framing: Framing) -> Tensor:

@@ -136,7 +136,7 @@ def load_bundle(place: Source, options: Options) -> ImageTo3D:
                        TRELLIS's weights); structure_latents likewise for the other flow
     image_latents      {mean, std} that the condition's latents are normalised by; structure_image_latents those of
                        stage 1's own encoder, the bundle's network ``structure_image_encoder``, where there is one
-    condition          {size, margin, background} of the condition picture (diff2to3.flow.framing), and its encoder:
+    condition          {size, margin, background, detail} of the condition picture (diff2to3.flow.framing), its encoder:
                        {provider, weights} of diff2to3.voxels.providers, else the bundle's network ``image_encoder``
     conditioner        in place of condition: {name, image_size} of TRELLIS's condition encoder
     """

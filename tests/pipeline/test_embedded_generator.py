@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pipeline_helpers import difference
 
+from diff2to3.flow.framing import object_box
+from diff2to3.metrics.geometry import voxel_iou
 from diff2to3.pipeline import ImageTo3D, Result
 from diff2to3.pipeline.sources import EMBEDDED
 from diff2to3.pipeline.turntable import turntable
@@ -48,6 +51,23 @@ def test_the_same_seed_gives_the_same_alone_and_in_a_batch(
     assert difference(model(pictures[1], seed=1), alone[1]) == 0
     for single, packed in zip(alone, model.batch(pictures, list(range(len(pictures)))), strict=True):
         assert difference(single, packed) < 1e-4
+
+
+def test_a_sharper_photo_gives_the_same_object(
+    model: ImageTo3D, pictures: list[Image.Image], alone: list[Result]
+) -> None:
+    """The pictures' boxes are wider than what training saw; shrunk to that they have to give nearly the same, and
+    enlarged, too.
+    """
+    for i, (picture, large) in enumerate(zip(pictures, alone, strict=True)):
+        box = object_box(torch.from_numpy(np.array(picture)[:, :, 3] / 255))
+        assert box is not None
+        side = max(box[2] - box[0], box[3] - box[1]) * model.framing.margin
+        assert side > model.framing.size
+        for wanted, least in ((model.framing.detail, 0.55), (4 * model.framing.size, 0.8)):
+            size = round(picture.width * wanted / side)
+            resized = picture.resize((size, size), Image.Resampling.BOX)
+            assert voxel_iou(model(resized, seed=i).coords, large.coords) > least, (NAMES[i], wanted)
 
 
 def test_objects_have_the_size_and_the_colour_of_the_picture(

@@ -53,6 +53,24 @@ def test_resizing_agrees_with_pillow():
     np.testing.assert_allclose(out.numpy(), expected, atol=1e-5)
 
 
+def test_detail_reduces_larger_crops_first():
+    """Against Pillow's filter twice; a crop that is enlarged anyway is left as it is."""
+    rng = np.random.default_rng(1)
+    large, small = (rng.random((side, side, 3), dtype=np.float32) for side in (80, 20))
+    framing = Framing(60, 1.0, 0.5, detail=20)
+
+    def by_pillow(channel, *sizes):
+        for size in sizes:
+            channel = np.asarray(Image.fromarray(channel).resize((size, size), Image.Resampling.BILINEAR))
+        return channel
+
+    middle = rng.random((50, 50, 3), dtype=np.float32)
+    for image, sizes in ((large, (20, 60)), (middle, (60,)), (small, (60,))):
+        out = frame(torch.from_numpy(image), torch.ones(image.shape[:2]), framing)
+        expected = np.stack([by_pillow(x, *sizes) for x in np.ascontiguousarray(image.transpose(2, 0, 1))])
+        np.testing.assert_allclose(out.numpy(), expected, atol=1e-5)
+
+
 def test_background_and_nothing():
     image, alpha = rectangle(32, 32, (8, 8, 24, 24))
     out = frame(image, alpha, Framing(64, 1.5, 0.5))
@@ -63,7 +81,9 @@ def test_background_and_nothing():
     assert views.shape == (2, 3, 16, 16) and (views[1] == 0.5).all() and not (views[0] == 0.5).all()
 
 
-@pytest.mark.parametrize("bad", [{"size": 0}, {"margin": 0.5}, {"margin": float("nan")}, {"background": 2.0}])
+@pytest.mark.parametrize(
+    "bad", [{"size": 0}, {"margin": 0.5}, {"margin": float("nan")}, {"background": 2.0}, {"detail": 0}]
+)
 def test_impossible_framings(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Framing(**bad)

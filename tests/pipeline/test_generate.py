@@ -104,6 +104,18 @@ def test_settings_reach_the_samplers(generate, photos, tmp_path):
     assert metadata["dtype"] == "bfloat16"
 
 
+def test_files_may_do_without_what_nobody_sees(generate, photos, tmp_path, capsys):
+    counts = []
+    for k, words in enumerate(((), ("--prune", 0.5))):
+        assert generate(photos[0], "-o", tmp_path / str(k), *words, "--turntable", "none") == 0
+        counts.append(len(read_ply(tmp_path / str(k) / "photo0.ply")[0]))
+        settings = metadata_of(tmp_path / str(k))
+        assert (settings["structure"]["prune"], settings["latent"]["prune"]) == (0, 0.5 * k)
+    assert 0 < counts[1] < counts[0]
+    assert generate(photos[0], "-o", tmp_path / "c", "--prune", -1) == 2
+    assert "prune: expected a number of pixels of at least 0, got -1.0" in capsys.readouterr().err
+
+
 def test_several_photos_of_one_object(generate, photos, tmp_path):
     words = ("--image", photos[0], "--image", photos[1], "--turntable", "none")
     assert generate(*words, "-o", tmp_path / "a") == 0

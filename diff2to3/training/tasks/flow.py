@@ -360,7 +360,9 @@ class FlowTask:
         """How the condition pictures were framed: generation does the same to photos."""
         framing = self.token_settings()
         return {
-            name: framing[name] for name in ("size", "margin", "background") if framing.get(name) is not None
+            name: framing[name]
+            for name in ("size", "margin", "background", "detail")
+            if framing.get(name) is not None
         }
 
     def token_settings(self) -> dict[str, Any]:
