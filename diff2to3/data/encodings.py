@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from torch import Tensor
 
 from diff2to3.checkpoint import (
     IMAGE_ENCODER,
@@ -28,7 +28,6 @@ from diff2to3.checkpoint import (
     read_bundle,
     read_tensors,
 )
-from diff2to3.config import config_from_dict
 from diff2to3.data.schema import DataConfig
 from diff2to3.data.shards import Part
 from diff2to3.errors import InputError
@@ -64,31 +63,15 @@ class BundleStage:
         return {"type": entry.type, "config": entry.config, "weights": digest}
 
     def setup(self, slot: int) -> None:
+        from diff2to3.networks import (
+            ENCODER_TYPES,
+            network_builder,
+        )  # seconds that reading a data set need not take
+
         entry = self.entry()
         origin = f"{self.folder / MODEL_FILE}: {self.network_name}"
-        self.network = build_encoder(entry, origin).eval().requires_grad_(False)
+        self.network = network_builder(entry, origin, ENCODER_TYPES)().eval().requires_grad_(False)
         load_strictly(self.network, read_tensors(self.folder / entry.file), self.folder / entry.file)
-
-
-def build_encoder(entry: NetworkEntry, origin: str) -> nn.Module:
-    """An encoder by its type in ``model.json``. Raises InputError for any other type."""
-    from diff2to3.flow.efficientnet import EfficientNetConfig, EfficientNetLite
-    from diff2to3.vae.config import EncoderConfig, StructureConfig
-    from diff2to3.vae.encoder import Encoder
-    from diff2to3.vae.sparse_structure import StructureEncoder
-    from diff2to3.voxels.mini_encoder import MiniEncoder, MiniEncoderConfig
-
-    known: dict[str, tuple[type, Any]] = {
-        "Encoder": (EncoderConfig, Encoder),
-        "StructureEncoder": (StructureConfig, StructureEncoder),
-        "MiniEncoder": (MiniEncoderConfig, MiniEncoder),
-        "EfficientNetLite": (EfficientNetConfig, EfficientNetLite),
-    }
-    if entry.type not in known:
-        raise InputError(f"{origin}: type {entry.type!r} is none of {', '.join(known)}")
-    schema, network = known[entry.type]
-    made: nn.Module = network(config_from_dict(schema, entry.config, origin))
-    return made
 
 
 class LatentStage(BundleStage):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from diff2to3.checkpoint import (
     IMAGE_ENCODER,
@@ -28,20 +29,17 @@ from diff2to3.checkpoint import (
 from diff2to3.config import config_from_dict
 from diff2to3.errors import InputError
 from diff2to3.flow.conditioners import load_image_conditioner, load_text_conditioner
-from diff2to3.flow.config import DiTConfig, LatentDiTConfig, LatentSMDiTConfig, SMDiTConfig
 from diff2to3.flow.dit import LatentDiT, StructureDiT
-from diff2to3.flow.efficientnet import EfficientNetConfig, EfficientNetLite
 from diff2to3.flow.framing import Framing
 from diff2to3.flow.smdit import LatentSMDiT, StructureSMDiT
+from diff2to3.networks import network_builder
 from diff2to3.pipeline.denoise import StageSettings, image_patch_size, image_width
 from diff2to3.pipeline.image_to_3d import ImageTo3D, Networks, Normalization
 from diff2to3.pipeline.sources import Source, embedded_models
 from diff2to3.pipeline.upstream import NOT_SUPPORTED, build_network, wants_half
-from diff2to3.vae.config import DecoderConfig, EncoderConfig, StructureConfig
 from diff2to3.vae.decoder import Decoder
-from diff2to3.vae.encoder import Encoder
-from diff2to3.vae.sparse_structure import StructureDecoder, StructureEncoder
-from diff2to3.voxels.mini_encoder import MiniEncoder, MiniEncoderConfig
+from diff2to3.vae.sparse_structure import StructureDecoder
+from diff2to3.voxels.mini_encoder import MiniEncoder
 from diff2to3.voxels.providers import build_provider
 
 PIPELINE_FILE = "pipeline.json"
@@ -59,19 +57,6 @@ LEFT_OUT = {"slat_decoder_mesh": "SLatMeshDecoder", "slat_decoder_rf": "SLatRadi
 PIPELINES = {"TrellisImageTo3DPipeline": "image", "TrellisTextTo3DPipeline": "text"}
 SAMPLERS = ("FlowEulerGuidanceIntervalSampler", "FlowEulerCfgSampler", "FlowEulerSampler")
 
-#: Types in model.json → schema and module.
-NETWORK_TYPES: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
-    "Encoder": (EncoderConfig, Encoder),
-    "Decoder": (DecoderConfig, Decoder),
-    "StructureEncoder": (StructureConfig, StructureEncoder),
-    "StructureDecoder": (StructureConfig, StructureDecoder),
-    "StructureDiT": (DiTConfig, StructureDiT),
-    "LatentDiT": (LatentDiTConfig, LatentDiT),
-    "StructureSMDiT": (SMDiTConfig, StructureSMDiT),
-    "LatentSMDiT": (LatentSMDiTConfig, LatentSMDiT),
-    "MiniEncoder": (MiniEncoderConfig, MiniEncoder),
-    "EfficientNetLite": (EfficientNetConfig, EfficientNetLite),
-}
 #: What the networks of a model may be, by our names.
 ROLES: dict[str, tuple[type, ...]] = {
     "structure_flow": (StructureDiT, StructureSMDiT),
@@ -203,12 +188,9 @@ def load_bundle_network(
 ) -> nn.Module:
     """One network of a bundle; ``place``: where its file is fetched from if the bundle is on the hub."""
     entry = info.networks[name]
-    if entry.type not in NETWORK_TYPES:
-        raise InputError(f"{folder / MODEL_FILE}: {name}: unknown type {entry.type!r}")
-    schema, module = NETWORK_TYPES[entry.type]
-    config: Any = config_from_dict(schema, entry.config, f"{folder / MODEL_FILE}: {name}")
+    build = network_builder(entry, f"{folder / MODEL_FILE}: {name}")
     path = folder / entry.file if place is None else place.file(entry.file)
-    return fill(lambda: module(config), path, entry.half, options)
+    return fill(build, path, entry.half, options)
 
 
 # ---- TRELLIS ----
@@ -333,9 +315,23 @@ def read_network_config(path: Path) -> tuple[str, dict[str, Any]]:
 # ---- both ----
 
 
+class WithoutNormalStart(TorchFunctionMode):
+    """Leaves out ``normal_``. On the meta device, where it changes nothing, it is run by torch's references in Python,
+    which import torch._dynamo: a second of every command's start.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        values = kwargs or {}
+        if getattr(function, "__name__", "") == "normal_":
+            return args[0] if args else values["tensor"]
+        return function(*args, **values)
+
+
 def fill(build: Callable[[], nn.Module], path: Path, half: bool, options: Options) -> nn.Module:
     """Build without initialising, choose the torso's dtype, and load the weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutNormalStart():
         network = build()
     gpu = options.device.type != "cpu"
     dtype = options.dtype or (torch.float16 if half and gpu else torch.float32)
