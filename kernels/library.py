@@ -25,6 +25,7 @@ BACKENDS = ("auto", "native", "reference")
 
 Argument = Tensor | int | float | None
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., object])
 
 #: Negative results of the C functions.
 FAILURES = {-1: "out of memory", -2: "too many items for 32-bit indices", -3: "CUDA error"}
@@ -136,7 +137,16 @@ def library_for(device: torch.device) -> ctypes.CDLL | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # torch.compile need not look inside: nothing here depends on data
+def constant_to_compile(function: F) -> F:
+    """A function that torch.compile need not look into, for its result depends on no data.
+
+    What torch.compiler.assume_constant_result does, but that imports torch._dynamo: a second of every command's start.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_to_compile
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """``native`` or ``reference`` for this device and dtype. ValueError for an unknown name."""
     if backend not in BACKENDS:
@@ -151,6 +161,35 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
             "is missing, or use backend='reference'"
         )
     return "native" if available else "reference"
+
+
+# ---- ops ----
+
+
+def define_op(
+    name: str, schema: str, device_types: tuple[str, ...] | None = None
+) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Make a function the op ``diff2to3::NAME`` of torch's dispatcher, for autograd and torch.compile: a decorator.
+
+    The first call of such an op imports torch._dynamo: a second, which making Gaussians of a picture need not take. As
+    long as nothing has imported that, and no gradient is asked for, the function is called as it is.
+    """
+
+    def define(function: Callable[..., T]) -> Callable[..., T]:
+        op = torch.library.custom_op(
+            f"diff2to3::{name}", function, mutates_args=(), schema=schema, device_types=device_types
+        )
+
+        @functools.wraps(function)
+        def run(*args: object) -> T:
+            compiler = torch.compiler.is_compiling() or "torch._dynamo" in sys.modules
+            if compiler or torch.is_grad_enabled():
+                return op(*args)
+            return function(*args)
+
+        return run
+
+    return define
 
 
 # ---- calling ----

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .library import call, resolve_backend, target
+from .library import call, define_op, resolve_backend, target
 
 #: Limits of a key (csrc/sparse_keys.h): values of a spatial field, margin on both of its ends, batch indices.
 KEY_FIELD, KEY_MARGIN, MAX_BATCH = 1 << 16, 8, 1 << 15
@@ -148,10 +148,9 @@ def voxel_keys_reference(coords: Tensor, patch_size: int, status: Tensor) -> Ten
 # ---- the op ----
 
 
-@torch.library.custom_op(
-    "diff2to3::neighbor_table",
-    mutates_args=(),
-    schema="(Tensor coords, int[] offsets, str backend) -> Tensor",
+@define_op(
+    "neighbor_table",
+    "(Tensor coords, int[] offsets, str backend) -> Tensor",
 )
 def neighbor_table(coords: Tensor, offsets: Sequence[int], backend: str) -> Tensor:
     """Rows of the neighbours, -1 for none: int32 [K, N]. ``offsets``: K times (dx, dy, dz), sorted."""
@@ -169,7 +168,7 @@ def neighbor_table(coords: Tensor, offsets: Sequence[int], backend: str) -> Tens
     return table
 
 
-@neighbor_table.register_fake
+@torch.library.register_fake("diff2to3::neighbor_table")
 def _(coords: Tensor, offsets: Sequence[int], backend: str) -> Tensor:
     return coords.new_empty((len(offsets) // 3, coords.shape[0]), dtype=torch.int32)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .library import call, resolve_backend
+from .library import call, define_op, resolve_backend
 from .neighbors import check_coords, new_status, raise_bad, sorted_keys
 
 MAX_PATCH_SIZE = 32
@@ -142,10 +142,9 @@ def choose(backend: str, feats: Tensor) -> str:
 # ---- grouping ----
 
 
-@torch.library.custom_op(
-    "diff2to3::patch_tables",
-    mutates_args=(),
-    schema="(Tensor coords, int patch_size, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+@define_op(
+    "patch_tables",
+    "(Tensor coords, int patch_size, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def patch_tables(coords: Tensor, patch_size: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``coords``, ``children``, ``parents`` and ``slots`` of a :class:`PatchPlan`."""
@@ -178,7 +177,7 @@ def patch_tables(coords: Tensor, patch_size: int, backend: str) -> tuple[Tensor,
     return patch_coords, children, parents, slots
 
 
-@patch_tables.register_fake
+@torch.library.register_fake("diff2to3::patch_tables")
 def _(coords: Tensor, patch_size: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_patches = torch.library.get_ctx().new_dynamic_size()
     patch_coords, children = (
@@ -193,7 +192,7 @@ def _(coords: Tensor, patch_size: int, backend: str) -> tuple[Tensor, Tensor, Te
 ROWS_SCHEMA = "(Tensor feats, Tensor children, Tensor parents, Tensor? scale, str backend) -> Tensor"
 
 
-@torch.library.custom_op("diff2to3::patch_sum", mutates_args=(), schema=ROWS_SCHEMA)
+@define_op("patch_sum", ROWS_SCHEMA)
 def patch_sum(feats: Tensor, children: Tensor, parents: Tensor, scale: Tensor | None, backend: str) -> Tensor:
     """scale[m] · Σ_slot feats[children[slot, m]]: [N, C] -> [M, C]."""
     if feats.dtype in HALF_TYPES:
@@ -213,7 +212,7 @@ def patch_sum(feats: Tensor, children: Tensor, parents: Tensor, scale: Tensor | 
     return out
 
 
-@torch.library.custom_op("diff2to3::patch_copy", mutates_args=(), schema=ROWS_SCHEMA)
+@define_op("patch_copy", ROWS_SCHEMA)
 def patch_copy(
     feats: Tensor, children: Tensor, parents: Tensor, scale: Tensor | None, backend: str
 ) -> Tensor:
@@ -231,12 +230,12 @@ def patch_copy(
     return out
 
 
-@patch_sum.register_fake
+@torch.library.register_fake("diff2to3::patch_sum")
 def _(feats: Tensor, children: Tensor, parents: Tensor, scale: Tensor | None, backend: str) -> Tensor:
     return feats.new_empty(children.shape[1], feats.shape[1])
 
 
-@patch_copy.register_fake
+@torch.library.register_fake("diff2to3::patch_copy")
 def _(feats: Tensor, children: Tensor, parents: Tensor, scale: Tensor | None, backend: str) -> Tensor:
     return feats.new_empty(parents.shape[0], feats.shape[1])
 
@@ -254,8 +253,8 @@ def backward_of_copy(ctx, v_out):  # type: ignore[no-untyped-def]
     return patch_sum(v_out, *ctx.saved_tensors, ctx.backend), None, None, None, None
 
 
-patch_sum.register_autograd(backward_of_sum, setup_context=setup_context)
-patch_copy.register_autograd(backward_of_copy, setup_context=setup_context)
+torch.library.register_autograd("diff2to3::patch_sum", backward_of_sum, setup_context=setup_context)
+torch.library.register_autograd("diff2to3::patch_copy", backward_of_copy, setup_context=setup_context)
 
 
 def suffix(tensor: Tensor) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .library import BACKENDS, call, resolve_backend, scratch, target
+from .library import BACKENDS, call, define_op, resolve_backend, scratch, target
 from .rasterize_gsplat import rasterize_gsplat
 from .rasterize_reference import RasterSettings, rasterize_reference
 
@@ -324,11 +324,10 @@ def raise_bad(flags: int) -> None:
             raise ValueError(f"{name}: contains NaN or infinite numbers")
 
 
-@torch.library.custom_op(
-    "diff2to3::rasterize_forward",
-    mutates_args=(),
+@define_op(
+    "rasterize_forward",
+    f"({SCENE_SCHEMA}, {SETTINGS_SCHEMA}) -> (Tensor picture, Tensor alphas, {STATE_SCHEMA})",
     device_types=("cpu", "cuda"),
-    schema=f"({SCENE_SCHEMA}, {SETTINGS_SCHEMA}) -> (Tensor picture, Tensor alphas, {STATE_SCHEMA})",
 )
 def rasterize_forward(  # type: ignore[no-untyped-def]
     means, quats, scales, opacities, features, viewmats, campos, Ks, backgrounds, width, height, sh_degree,
@@ -374,7 +373,7 @@ def rasterize_forward(  # type: ignore[no-untyped-def]
     return picture, alphas, transmittance, last_ids, splats, view_colors, offsets, ids, tile_offsets
 
 
-@rasterize_forward.register_fake
+@torch.library.register_fake("diff2to3::rasterize_forward")
 def _(  # type: ignore[no-untyped-def]
     means, quats, scales, opacities, features, viewmats, campos, Ks, backgrounds, width, height, sh_degree,
     with_depth, eps2d, antialiased, near_plane, max_alpha, alpha_threshold, transmittance_stop,
@@ -397,12 +396,11 @@ def _(  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.custom_op(
-    "diff2to3::rasterize_backward",
-    mutates_args=(),
-    device_types=("cpu", "cuda"),
-    schema=f"(Tensor v_picture, Tensor? v_alphas, {SCENE_SCHEMA}, {STATE_SCHEMA}, {SETTINGS_SCHEMA}) -> "
+@define_op(
+    "rasterize_backward",
+    f"(Tensor v_picture, Tensor? v_alphas, {SCENE_SCHEMA}, {STATE_SCHEMA}, {SETTINGS_SCHEMA}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    device_types=("cpu", "cuda"),
 )
 def rasterize_backward(  # type: ignore[no-untyped-def]
     v_picture, v_alphas, means, quats, scales, opacities, features, viewmats, campos, Ks, backgrounds, transmittance,
@@ -432,7 +430,7 @@ def rasterize_backward(  # type: ignore[no-untyped-def]
     return tuple(grads)
 
 
-@rasterize_backward.register_fake
+@torch.library.register_fake("diff2to3::rasterize_backward")
 def _(v_picture, v_alphas, means, quats, scales, opacities, features, viewmats, campos, *rest):  # type: ignore[no-untyped-def]
     return tuple(torch.empty_like(t) for t in (means, quats, scales, opacities, features, viewmats, campos))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .library import define_op
 from .neighbors import NeighborPlan
 from .patchify import PatchPlan, check_feats, choose
 from .sparse_products import gather_conv, row_sum, slot_conv, weight_grad
@@ -138,7 +139,7 @@ BACKWARD_SCHEMA = (
 )
 
 
-@torch.library.custom_op("diff2to3::sparse_conv", mutates_args=(), schema=FORWARD_SCHEMA)
+@define_op("sparse_conv", FORWARD_SCHEMA)
 def sparse_conv(feats, weight, bias, table, parents, slots, kind, workspace, backend):  # type: ignore[no-untyped-def]
     """feats [num_in, Cin], weight [Cout, K, Cin], bias [Cout] -> [num_out, Cout]."""
     if kind == "unpatch":
@@ -146,7 +147,7 @@ def sparse_conv(feats, weight, bias, table, parents, slots, kind, workspace, bac
     return gather_conv(feats, weight, bias, table, False, False, workspace, backend)
 
 
-@torch.library.custom_op("diff2to3::sparse_conv_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
+@define_op("sparse_conv_backward", BACKWARD_SCHEMA)
 def sparse_conv_backward(  # type: ignore[no-untyped-def]
     v_out, feats, weight, table, parents, slots, needed, kind, workspace, backend
 ):
@@ -168,13 +169,13 @@ def sparse_conv_backward(  # type: ignore[no-untyped-def]
     return v_feats, v_weight, v_bias
 
 
-@sparse_conv.register_fake
+@torch.library.register_fake("diff2to3::sparse_conv")
 def _(feats, weight, bias, table, parents, slots, kind, workspace, backend):  # type: ignore[no-untyped-def]
     rows = parents.shape[0] if kind == "unpatch" else table.shape[1]
     return feats.new_empty(rows, weight.shape[0])
 
 
-@sparse_conv_backward.register_fake
+@torch.library.register_fake("diff2to3::sparse_conv_backward")
 def _(v_out, feats, weight, table, parents, slots, needed, kind, workspace, backend):  # type: ignore[no-untyped-def]
     shapes = (feats.shape, weight.shape, weight.shape[:1])
     return tuple(feats.new_empty(s if need else (0,)) for s, need in zip(shapes, needed, strict=True))
@@ -194,4 +195,4 @@ def backward(ctx, v_out):  # type: ignore[no-untyped-def]
     return *found, None, None, None, None, None, None
 
 
-sparse_conv.register_autograd(backward, setup_context=setup_context)
+torch.library.register_autograd("diff2to3::sparse_conv", backward, setup_context=setup_context)

@@ -239,12 +239,13 @@ def test_opcheck(plain: bool) -> None:
     inputs = [t.requires_grad_() for t in inputs]
     settings_ = (20, 17, -1 if plain else 1, not plain, 0.3, True, 0.01, 0.999, 1 / 255, 1e-4)
     args = (*inputs, Ks, torch.rand(2, 3 if plain else 4, requires_grad=True), *settings_)
-    torch.library.opcheck(module.rasterize_forward, args)
+    torch.library.opcheck(torch.ops.diff2to3.rasterize_forward.default, args)
     detached = [a.detach() if isinstance(a, Tensor) else a for a in args]
     outputs = module.rasterize_forward(*detached)
     v_picture, v_alphas = torch.rand_like(outputs[0]), torch.rand_like(outputs[1])
     torch.library.opcheck(
-        module.rasterize_backward, (v_picture, v_alphas, *detached[:9], *outputs[2:], *settings_)
+        torch.ops.diff2to3.rasterize_backward.default,
+        (v_picture, v_alphas, *detached[:9], *outputs[2:], *settings_),
     )
 
 

@@ -51,8 +51,8 @@ def offset_perturbation(config: GaussianConfig) -> Tensor:
 
     Raw offsets of 0 then fill the box.
     """
-    points = torch.tensor([hammersley(k, config.per_voxel) for k in range(config.per_voxel)])
-    return torch.atanh((2 * points - 1) / config.reach)
+    points = [hammersley(k, config.per_voxel) for k in range(config.per_voxel)]
+    return torch.tensor([[math.atanh((2 * x - 1) / config.reach) for x in point] for point in points])
 
 
 def hammersley(index: int, count: int) -> tuple[float, float, float]:

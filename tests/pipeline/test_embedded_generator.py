@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,26 @@ def test_the_same_seed_gives_the_same_alone_and_in_a_batch(
     assert difference(model(pictures[1], seed=1), alone[1]) == 0
     for single, packed in zip(alone, model.batch(pictures, list(range(len(pictures)))), strict=True):
         assert difference(single, packed) < 1e-4
+
+
+#: Runs the command, by itself or after importing what compiles, and tells whether that is imported in the end.
+COMMAND = """
+import importlib, sys
+[importlib.import_module(name) for name in sys.argv[3:]]
+from diff2to3.cli import main
+code = main(["generate", sys.argv[1], "-o", sys.argv[2]])
+print(code, "torch._dynamo" in sys.modules)
+"""
+
+
+def test_the_command_does_not_wait_for_the_compiler(tmp_path: Path) -> None:
+    """Importing torch._dynamo takes a second; without it the kernels are called another way, and give the same."""
+    for name, modules in (("plain", []), ("compiler", ["torch._dynamo"])):
+        words = [sys.executable, "-c", COMMAND, EXAMPLES / "suv.png", tmp_path / name, *modules]
+        ended = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
+        assert ended.stdout.split()[-2:] == ["0", str(bool(modules))]
+    plain, compiler = (tmp_path / name / "suv.ply" for name in ("plain", "compiler"))
+    assert plain.read_bytes() == compiler.read_bytes()
 
 
 def test_a_sharper_photo_gives_the_same_object(
