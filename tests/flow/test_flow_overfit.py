@@ -23,8 +23,8 @@ STEPS = {"structure": 2000, "latents": 500}
 #: The assets' own, to learn by heart; the embedded model is taught their look-alikes'.
 OWN_OCCUPANCY = {
     "structure": (
-        "data.expected=null", "model.coarse_prototypes=0", "loss.velocity=1", "loss.dice=3", "loss.coarse=1",
-        "loss.path.time_mean=4", "loss.path.time_std=1.5",
+        "data.expected=null", "model.coarse_prototypes=0", "loss.velocity=1", "loss.dice=3", "loss.cross_entropy=0",
+        "loss.coarse=1", "loss.path.time_mean=4", "loss.path.time_std=1.5",
     )
 }  # fmt: skip
 
