@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from diff2to3.checkpoint import NetworkEntry
+from diff2to3.checkpoint import MODEL_FILE, NetworkEntry, load_strictly, read_tensors
 from diff2to3.config import config_from_dict
 from diff2to3.errors import InputError
 from diff2to3.flow.config import DiTConfig, LatentDiTConfig, LatentSMDiTConfig, SMDiTConfig
@@ -49,3 +50,13 @@ def network_builder(
     schema, module = NETWORK_TYPES[entry.type]
     config: Any = config_from_dict(schema, entry.config, origin)
     return lambda: module(config)
+
+
+def frozen_network(folder: Path, name: str, entry: NetworkEntry, types: Sequence[str]) -> nn.Module:
+    """A network of a local bundle with its weights, in float32 on the CPU, not to be trained. InputError as above, and
+    where the weights do not fit.
+    """
+    network = network_builder(entry, f"{folder / MODEL_FILE}: {name}", types)()
+    path = folder / entry.file
+    load_strictly(network, read_tensors(path), path)
+    return network.eval().requires_grad_(False)

@@ -148,10 +148,7 @@ def voxel_keys_reference(coords: Tensor, patch_size: int, status: Tensor) -> Ten
 # ---- the op ----
 
 
-@define_op(
-    "neighbor_table",
-    "(Tensor coords, int[] offsets, str backend) -> Tensor",
-)
+@define_op("neighbor_table", "(Tensor coords, int[] offsets, str backend) -> Tensor")
 def neighbor_table(coords: Tensor, offsets: Sequence[int], backend: str) -> Tensor:
     """Rows of the neighbours, -1 for none: int32 [K, N]. ``offsets``: K times (dx, dy, dz), sorted."""
     status = new_status(coords)

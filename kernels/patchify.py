@@ -142,10 +142,7 @@ def choose(backend: str, feats: Tensor) -> str:
 # ---- grouping ----
 
 
-@define_op(
-    "patch_tables",
-    "(Tensor coords, int patch_size, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-)
+@define_op("patch_tables", "(Tensor coords, int patch_size, str backend) -> (Tensor, Tensor, Tensor, Tensor)")
 def patch_tables(coords: Tensor, patch_size: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``coords``, ``children``, ``parents`` and ``slots`` of a :class:`PatchPlan`."""
     status, num_voxels = new_status(coords), len(coords)

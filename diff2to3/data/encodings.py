@@ -24,9 +24,7 @@ from diff2to3.checkpoint import (
     MODEL_FILE,
     NetworkEntry,
     file_sha256,
-    load_strictly,
     read_bundle,
-    read_tensors,
 )
 from diff2to3.data.schema import DataConfig
 from diff2to3.data.shards import Part
@@ -63,15 +61,10 @@ class BundleStage:
         return {"type": entry.type, "config": entry.config, "weights": digest}
 
     def setup(self, slot: int) -> None:
-        from diff2to3.networks import (
-            ENCODER_TYPES,
-            network_builder,
-        )  # seconds that reading a data set need not take
+        # here, for it imports every network there is, which reading a data set need not wait for
+        from diff2to3.networks import ENCODER_TYPES, frozen_network
 
-        entry = self.entry()
-        origin = f"{self.folder / MODEL_FILE}: {self.network_name}"
-        self.network = network_builder(entry, origin, ENCODER_TYPES)().eval().requires_grad_(False)
-        load_strictly(self.network, read_tensors(self.folder / entry.file), self.folder / entry.file)
+        self.network = frozen_network(self.folder, self.network_name, self.entry(), ENCODER_TYPES)
 
 
 class LatentStage(BundleStage):

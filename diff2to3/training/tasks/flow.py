@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from diff2to3.data.loader import LoaderConfig, TrainLoader
 from diff2to3.data.plan import PlannedAsset
 from diff2to3.data.store import AssetStore
 from diff2to3.errors import InputError
+from diff2to3.flow.framing import Framing
 from diff2to3.flow.matching import noised, squared_error, target_velocity
 from diff2to3.flow.networks import FlowConfig, build_network, predict, see, velocity_of
 from diff2to3.flow.samplers import SAMPLERS, guided, timesteps
@@ -358,12 +359,8 @@ class FlowTask:
 
     def condition(self) -> dict[str, Any]:
         """How the condition pictures were framed: generation does the same to photos."""
-        framing = self.token_settings()
-        return {
-            name: framing[name]
-            for name in ("size", "margin", "background", "detail")
-            if framing.get(name) is not None
-        }
+        settings = self.token_settings()
+        return {f.name: settings[f.name] for f in fields(Framing) if settings.get(f.name) is not None}
 
     def token_settings(self) -> dict[str, Any]:
         """What the condition images' latents were made with."""

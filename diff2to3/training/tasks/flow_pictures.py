@@ -8,17 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diff2to3.checkpoint import MODEL_FILE, load_strictly, read_bundle, read_tensors
-from diff2to3.config import config_from_dict
+from diff2to3.checkpoint import MODEL_FILE, read_bundle
 from diff2to3.data.plan import PlannedAsset
 from diff2to3.data.store import AssetStore, occupancy
 from diff2to3.errors import InputError
 from diff2to3.gaussians.render import render
 from diff2to3.metrics.image import psnr
+from diff2to3.networks import frozen_network
 from diff2to3.types import Gaussians, SparseVoxels
-from diff2to3.vae.config import DecoderConfig, StructureConfig
-from diff2to3.vae.decoder import Decoder
-from diff2to3.vae.sparse_structure import StructureDecoder
 
 #: Views of a generated object that are compared with the stored ones.
 SCORED_VIEWS = (0, 5, 10)
@@ -35,14 +32,9 @@ class Judge:
             raise InputError(
                 f"{folder / MODEL_FILE}: no network {name!r}; data.bundle needs the {stage} decoder"
             )
-        entry, origin = info.networks[name], f"{folder / MODEL_FILE}: {name}"
-        self.decoder: Any
-        if stage == "structure":
-            self.decoder = StructureDecoder(config_from_dict(StructureConfig, entry.config, origin))
-        else:
-            self.decoder = Decoder(config_from_dict(DecoderConfig, entry.config, origin))
-        load_strictly(self.decoder, read_tensors(folder / entry.file), folder / entry.file)
-        self.decoder.eval().requires_grad_(False)
+        entry = info.networks[name]
+        kind = "StructureDecoder" if stage == "structure" else "Decoder"
+        self.decoder: Any = frozen_network(folder, name, entry, (kind,))
         self.stage, self.threshold = stage, threshold
         self.scale = 1  # cells of the grid to one of the latents', on each axis
         if stage == "structure":
