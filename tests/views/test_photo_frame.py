@@ -28,7 +28,7 @@ def pixels(points, viewmat, K):
 @pytest.mark.parametrize("elevation", [-8.0, 0.0, 55.0])
 @pytest.mark.parametrize("focal", [1.0, 5.0])
 def test_a_photograph_shows_the_same_picture_in_both_frames(azimuth, elevation, focal):
-    points = box([1.0, 0.6, 0.3]) + [0.1, -0.05, 0.02]
+    points = np.add(box([1.0, 0.6, 0.3]), [0.1, -0.05, 0.02])
     shot = photograph(points, azimuth, elevation, focal)
     K = shot.camera.K(256)
     own, _ = pixels(points, shot.viewmat, K)
