@@ -15,6 +15,8 @@ from diff2to3.flow.config import DiTConfig, LatentDiTConfig, LatentSMDiTConfig, 
 from diff2to3.flow.dit import LatentDiT, StructureDiT
 from diff2to3.flow.efficientnet import EfficientNetConfig, EfficientNetLite
 from diff2to3.flow.smdit import LatentSMDiT, StructureSMDiT
+from diff2to3.photo.encoder import PhotoEncoder, PhotoEncoderConfig
+from diff2to3.photo.occupancy import OccupancyFlow, OccupancyFlowConfig
 from diff2to3.vae.config import DecoderConfig, EncoderConfig, StructureConfig
 from diff2to3.vae.decoder import Decoder
 from diff2to3.vae.encoder import Encoder
@@ -31,6 +33,8 @@ NETWORK_TYPES: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
     "StructureSMDiT": (SMDiTConfig, StructureSMDiT),
     "LatentSMDiT": (LatentSMDiTConfig, LatentSMDiT),
     "MiniEncoder": (MiniEncoderConfig, MiniEncoder),
+    "PhotoEncoder": (PhotoEncoderConfig, PhotoEncoder),
+    "OccupancyFlow": (OccupancyFlowConfig, OccupancyFlow),
     "EfficientNetLite": (EfficientNetConfig, EfficientNetLite),
 }
 #: Those that a training set's stages are made with.

@@ -158,6 +158,63 @@ class TokenSetConfig:
 
 
 @dataclass(frozen=True)
+class PhotographConfig:
+    """One set of photographs: cameras around each asset at random elevations, focal lengths and light.
+
+    num_views         photographs an asset, at roughly equal steps of azimuth
+    size              pixels a side
+    resolution        R of the occupancy grid, and of the depth map
+    elevation_range   degrees above the horizon
+    usual_elevation   (mean, deviation) of the normal distribution, within the range, that most elevations come from
+    unusual_share     share of the photographs whose elevation is uniform over the range instead
+    focal_range       focal length over the crop's side, log-uniform
+    studio_share      share of the photographs in the light of the other renderings; the rest have a key light from a
+                      random direction on the camera's side
+    """
+
+    num_views: int = 10
+    size: int = 256
+    resolution: int = 32
+    elevation_range: tuple[float, float] = (-10.0, 60.0)
+    usual_elevation: tuple[float, float] = (18.0, 13.0)
+    unusual_share: float = 0.3
+    focal_range: tuple[float, float] = (1.0, 6.0)
+    studio_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.num_views < 1:
+            raise ValueError(f"num_views: expected at least 1, got {self.num_views}")
+        if self.resolution < 8 or self.resolution % 8 or self.size % self.resolution:
+            raise ValueError(
+                f"resolution: expected a multiple of 8 that divides size {self.size}, got {self.resolution}"
+            )
+        low, high = self.elevation_range
+        if not -90 < low <= high < 90:
+            raise ValueError(f"elevation_range: expected degrees in (-90, 90) in order, got ({low}, {high})")
+        if not 0.5 < self.focal_range[0] <= self.focal_range[1]:
+            raise ValueError(
+                f"focal_range: expected lengths above 0.5 in order, got {tuple(self.focal_range)}"
+            )
+        for name in ("unusual_share", "studio_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share between 0 and 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class MapConfig:
+    """What a frozen image network says of one set of photographs.
+
+    photographs  the set
+    bundle       folder of a bundle with the network ``photo_maps``
+    background   grey level behind the object
+    """
+
+    photographs: str = "photo"
+    bundle: str = "diff2to3/bundles/mini"
+    background: float = 0.5
+
+
+@dataclass(frozen=True)
 class LimitConfig:
     """What one asset may cost before it is given up and reported.
 
@@ -189,6 +246,8 @@ class DataConfig:
     view_sets    name -> views
     resolutions  voxel grids
     points       numbers of points on the surface: a stage points_<number> each
+    photographs  name -> photographs as people take them, with the occupancy of their photo frames (stage 1)
+    maps         name -> what a frozen image network says of photographs
     features     name -> features
     weights      provider -> local file or folder, or hub name, for features that do not say themselves
     """
@@ -210,6 +269,8 @@ class DataConfig:
     latents: dict[str, LatentSetConfig] = field(default_factory=dict)
     structures: dict[str, StructureSetConfig] = field(default_factory=dict)
     tokens: dict[str, TokenSetConfig] = field(default_factory=dict)
+    photographs: dict[str, PhotographConfig] = field(default_factory=dict)
+    maps: dict[str, MapConfig] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -227,7 +288,7 @@ class DataConfig:
         for name in self.weights:
             if name not in PROVIDERS:
                 raise ValueError(f"weights: unknown provider {name!r}; known are {', '.join(PROVIDERS)}")
-        encodings = (*self.latents, *self.structures, *self.tokens)
+        encodings = (*self.latents, *self.structures, *self.tokens, *self.photographs, *self.maps)
         for name in (*self.view_sets, *self.features, *encodings):
             if not name.isidentifier():
                 raise ValueError(f"{name!r}: names of sets are letters, digits and _")

@@ -25,6 +25,7 @@ from safetensors.torch import save as save_tensors
 
 from diff2to3.config import config_to_dict
 from diff2to3.data.encodings import LatentStage, StructureStage, TokenStage
+from diff2to3.data.photographs import MapStage, PhotographStage
 from diff2to3.data.pictures import encode_depth, encode_image
 from diff2to3.data.plan import PlannedAsset
 from diff2to3.data.schema import DataConfig
@@ -276,6 +277,8 @@ KINDS: dict[str, Any] = {
     "latents": LatentStage,
     "structures": StructureStage,
     "tokens": TokenStage,
+    "photographs": PhotographStage,
+    "maps": MapStage,
 }
 
 

@@ -10,7 +10,7 @@ blocks (Apache-2.0) eleven suffice: later ones, with more than twice the weights
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -124,10 +124,21 @@ class EfficientNetLite(nn.Module):
             raise ValueError(
                 f"images: expected [V, 3, H, W], H and W multiples of {self.stride}, got {list(images.shape)}"
             )
-        x = F.relu6(self.stem(images * (255 / 128) - 127 / 128))
+        x = self.stem_of(images)
         for block in self.blocks:
             x = block(x)
         return F.avg_pool2d(x, self.config.pool)
+
+    def stem_of(self, images: Tensor) -> Tensor:
+        """The first convolution, on images in [0, 1]: [V, 32, H / 2, W / 2]."""
+        return F.relu6(self.stem(images * (255 / 128) - 127 / 128))
+
+    def outputs_of(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """The outputs of the blocks with these numbers, in that order, without pooling."""
+        x, outputs = self.stem_of(images), {}
+        for number, block in enumerate(self.blocks[: max(blocks) + 1]):
+            x = outputs[number] = block(x)
+        return [outputs[number] for number in blocks]
 
 
 def from_published(published: Mapping[str, Tensor], config: EfficientNetConfig) -> dict[str, Tensor]:

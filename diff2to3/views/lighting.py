@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -40,6 +41,23 @@ class Lights:
         self._dome = _fibonacci_sphere(config.dome_samples)
         self._seen = DomeCache(surface, 1 / config.dome_resolution, self._dome_visibility)
         self._key = _cone(np.array(config.key_direction), math.radians(config.key_angle), config.key_samples)
+
+    def relit(self, config: LightingConfig) -> Lights:
+        """Other light on the same mesh. What is costly, the dome's traced shadows, is shared where neither its
+        resolution, its directions nor its gradient differ.
+        """
+        old = self.config
+        if (config.mode, config.shadows, config.dome_ground, config.dome_samples, config.dome_resolution) != (
+            old.mode, old.shadows, old.dome_ground, old.dome_samples, old.dome_resolution,
+        ):  # fmt: skip
+            raise ValueError("config: relit changes the key light and the intensities only")
+        lights = copy.copy(self)
+        lights.config = config
+        lights._scale = config.dome_intensity / (self._base + 2 / 3 * self._slope)
+        lights._key = _cone(
+            np.array(config.key_direction), math.radians(config.key_angle), config.key_samples
+        )
+        return lights
 
     def irradiance(self, at: SurfacePoints) -> np.ndarray:
         """Light on a white surface, relative to what it reflects at most: float32 [n]."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from diff2to3.types import Mesh
-from diff2to3.views.config import RenderConfig
+from diff2to3.views.config import LightingConfig, RenderConfig
 from diff2to3.views.lighting import Lights, SurfacePoints
 from diff2to3.views.raycast import SURFACE_OFFSET, Hits, RayScene
 from diff2to3.views.surface import Surface
@@ -103,6 +103,12 @@ class Tracer:
         self._culls = config.back_faces == "cull" and not bool(self.surface.double_sided.all())
         #: Faces that a ray may pass, so that opacity is looked up sample by sample.
         self.sheer = ~self.surface.opaque | (self._culls & ~self.surface.double_sided)
+
+    def relight(self, lighting: LightingConfig) -> None:
+        """Render under this light from now on; see :meth:`diff2to3.views.lighting.Lights.relit`."""
+        if self._lights is None:
+            raise ValueError("lighting: this renderer is unlit")
+        self._lights = self._lights.relit(lighting)
 
     def render(self, camera: Camera, out: Frames, view: int) -> None:
         """Render one view into row ``view`` of ``out``."""
