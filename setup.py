@@ -104,6 +104,7 @@ setup(
             "**/*.safetensors",
             "bundles/*/README.md",
             "bundles/*/LICENSE*",
+            "web/static/*",
         ],
     },
     include_package_data=False,

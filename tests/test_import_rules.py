@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: Folders and modules that put stages together; everything else that is not below is a stage.
 COMPOSING = {
-    "__init__", "networks", "pipeline", "commands", "cli", "doctor", "config", "data", "training", "evaluation"
+    "__init__", "networks", "pipeline", "commands", "cli", "doctor", "config", "data", "training", "evaluation", "web"
 }  # fmt: skip
 #: What each layer may import of the package, besides itself.
 LAYERS: dict[str, set[str]] = {

@@ -57,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a sheet of 8 views, an animation, or a film (default: png)",
     )  # fmt: skip
     what.add_argument(
+        "--viewer",
+        action="store_true",
+        help="also a page that shows the asset in any browser: one .html file",
+    )
+    what.add_argument(
         "--background-removal", choices=METHODS, default="auto",
         help="for photos without transparency: rembg where it is installed, else the border's colour (auto); "
         "none: the photo is all object",
@@ -141,7 +146,8 @@ def run(args: argparse.Namespace) -> int:
     with output:
         model = load(args, device)
         seconds = {"start": start - args.started, "load": time.perf_counter() - start}
-        writer = Writer(output, args.turntable, describe(args.model, model, device), seconds)
+        common = describe(args.model, model, device)
+        writer = Writer(output, args.turntable, common, seconds, viewer=args.viewer)
         failed = Run(args, model, writer).all(tasks_of(jobs, args))
     for note in model.notes:
         print(f"diff2to3 generate: {note}", file=sys.stderr)

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 
 from diff2to3 import __version__
 from diff2to3.errors import InputError, MissingDependencyError
@@ -86,9 +87,15 @@ class Writer:
     """Writes results; ``common`` and ``seconds`` go into every asset's metadata."""
 
     def __init__(
-        self, output: OutputFolder, picture: str, common: Mapping[str, Any], seconds: Mapping[str, float]
+        self,
+        output: OutputFolder,
+        picture: str,
+        common: Mapping[str, Any],
+        seconds: Mapping[str, float],
+        *,
+        viewer: bool = False,
     ) -> None:
-        self.output, self.picture = output, picture
+        self.output, self.picture, self.viewer = output, picture, viewer
         self.common, self.seconds = common, seconds
 
     def write(self, stem: str, result: Result, own: Mapping[str, Any]) -> tuple[Path, float]:
@@ -97,7 +104,8 @@ class Writer:
         The files are written and forced to the disk under a hidden folder first, then renamed one after another.
         """
         ply, picture = f"{stem}.ply", f"{stem}_turntable.{self.picture}"
-        names = [ply, *([] if self.picture == "none" else [picture]), "metadata.json"]
+        page = [f"{stem}.html"] if self.viewer else []
+        names = [ply, *([] if self.picture == "none" else [picture]), *page, "metadata.json"]
         seconds = {**self.seconds, **result.seconds}
         try:
             with tempfile.TemporaryDirectory(dir=self.output.folder, prefix=".diff2to3-") as temporary:
@@ -109,6 +117,10 @@ class Writer:
                 before = time.perf_counter()
                 (folder / ply).write_bytes(ply_bytes(result.gaussians, self.note(result)))
                 seconds["ply"] = time.perf_counter() - before
+                for name in page:
+                    before = time.perf_counter()
+                    (folder / name).write_text(result_page(result, stem, self.note(result)), encoding="utf-8")
+                    seconds["viewer"] = time.perf_counter() - before
                 metadata = self.metadata(result, own, seconds, names)
                 (folder / names[-1]).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
                 for name in names:
@@ -172,6 +184,17 @@ def draw(path: Path, result: Result) -> None:
     from diff2to3.gaussians.pictures import write_frames
 
     write_frames(path, turntable(result.gaussians, DEFAULT_VIEWS[path.suffix], RESOLUTION))
+
+
+def result_page(result: Result, name: str, note: Mapping[str, Any]) -> str:
+    """The page that shows a result (:func:`diff2to3.web.viewer.viewer_page`), with what the model saw beside it."""
+    from diff2to3.web.viewer import viewer_page
+
+    photo = None
+    if result.photos:
+        pixels = (result.photos[0].picture.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8)
+        photo = Image.fromarray(pixels.cpu().numpy())
+    return viewer_page(result.gaussians, name, photo=photo, note=note)
 
 
 def sync(path: Path) -> None:

@@ -126,6 +126,14 @@ def test_several_photos_of_one_object(generate, photos, tmp_path):
     assert len(set(made)) == 3
 
 
+def test_viewer_is_one_more_file(generate, photos, tmp_path):
+    assert generate(photos[0], "-o", tmp_path, "--turntable", "none", "--viewer") == 0
+    assert {p.name for p in tmp_path.iterdir()} >= {"photo0.ply", "photo0.html", "metadata.json"}
+    page = (tmp_path / "photo0.html").read_text(encoding="utf-8")
+    assert "<title>" in page and "data:image/webp;base64," in page  # what the model saw is beside it
+    assert "photo0.html" in json.loads((tmp_path / "metadata.json").read_text())["files"]
+
+
 @pytest.mark.parametrize("ending", ["gif", "mp4"])
 def test_animated_turntables(generate, photos, tmp_path, ending, monkeypatch):
     if ending == "mp4":

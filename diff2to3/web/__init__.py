@@ -1,0 +1,1 @@
+"""Pages: a viewer that is one file, and a web app around the generator."""
