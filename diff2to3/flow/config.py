@@ -80,6 +80,8 @@ class SMDiTConfig:
     patch_size        cells a voxel token spans on each axis
     image_channels    of the condition image's latents
     image_patch_size  latent pixels an image token spans on each axis
+    lifted_channels   of what the condition image says about each voxel (diff2to3.voxels.lift_photo), added to the
+                      voxels at the input layer; 0 for none. Not in the paper
     num_double        blocks with separate weights for voxels and image
     num_single        blocks on both as one sequence
     position          none, ape or marope
@@ -104,6 +106,7 @@ class SMDiTConfig:
     width: int = 1024
     image_channels: int = 16
     image_patch_size: int = 2
+    lifted_channels: int = 0
     num_double: int = 8
     num_single: int = 16
     num_heads: int = 16
@@ -126,8 +129,9 @@ class SMDiTConfig:
         for name in (*positive, "image_patch_size", "patch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        if self.num_double < 0 or self.num_single < 0:
-            raise ValueError("num_double, num_single: expected no negative number")
+        for name in ("num_double", "num_single", "lifted_channels"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected no negative number, got {getattr(self, name)}")
         if self.width % self.num_heads:
             raise ValueError(f"num_heads: {self.num_heads} does not divide width {self.width}")
         if self.resolution % self.patch_size:

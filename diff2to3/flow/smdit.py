@@ -170,6 +170,12 @@ class SMDiT(nn.Module):
                 f"got {image.batch_size} of {image.channels}"
             )
 
+    def check_lifted(self, lifted: Tensor, shape: tuple[int, ...]) -> None:
+        if not self.config.lifted_channels:
+            raise ValueError("lifted: this network takes no lifted features (lifted_channels is 0)")
+        if lifted.shape != shape:
+            raise ValueError(f"lifted: expected {list(shape)}, got {list(lifted.shape)}")
+
 
 class StructureSMDiT(SMDiT):
     """Velocity of the dense occupancy latents."""
@@ -179,6 +185,8 @@ class StructureSMDiT(SMDiT):
         volume = config.patch_size**3
         self.input_layer = nn.Linear(config.in_channels * volume, config.width)
         self.out_layer = nn.Linear(config.width, config.out_channels * volume)
+        if config.lifted_channels:
+            self.lifted_layer = nn.Linear(config.lifted_channels * volume, config.width, bias=False)
         if config.coarse_resolution:
             self.coarse_layer = nn.Linear((config.coarse_resolution // config.grid) ** 3, config.width)
         self.initialize(self.out_layer)
@@ -198,9 +206,11 @@ class StructureSMDiT(SMDiT):
         plan: JointTokens | None = None,
         hooks: Hooks | None = None,
         seen: SeenImage | None = None,
+        lifted: Tensor | None = None,
     ) -> Tensor:
         """latents [B, C, r, r, r], timestep [B] in [0, 1] → velocity as latents. ``seen``: ``see(image)``, where it is
-        at hand.
+        at hand. ``lifted`` [B, C', r, r, r]: what the image says about each cell, zeros for an item without one; None
+        for no item with one.
         """
         c, batch = self.config, latents.shape[0]
         if latents.shape[1:] != (c.in_channels, *(c.resolution,) * 3):
@@ -210,6 +220,9 @@ class StructureSMDiT(SMDiT):
         plan = plan or self.plan(image)
         seen = seen or self.see(image)
         x = self.input_layer(to_tokens(latents, c.patch_size)).flatten(0, 1)
+        if lifted is not None:
+            self.check_lifted(lifted, (batch, c.lifted_channels, *latents.shape[2:]))
+            x = x + self.lifted_layer(to_tokens(lifted.to(latents.dtype), c.patch_size)).flatten(0, 1)
         if seen.coarse is not None:
             likely = to_tokens(seen.coarse.sigmoid()[:, None], c.coarse_resolution // c.grid)
             x = x + self.coarse_layer(likely).flatten(0, 1)
@@ -233,6 +246,8 @@ class LatentSMDiT(SMDiT):
         self.kernel: int | str = 3 if c.io_kernel == "cube" else "cross"
         widths = [*c.io_channels, c.width]
         self.input_layer = nn.Linear(c.in_channels, widths[0])
+        if c.lifted_channels:
+            self.lifted_layer = nn.Linear(c.lifted_channels, widths[0], bias=False)
         if c.absolute:
             self.cell_embedding = nn.Embedding(c.patch_size**3, widths[0])
             nn.init.normal_(self.cell_embedding.weight, std=0.1)
@@ -258,14 +273,20 @@ class LatentSMDiT(SMDiT):
         plan: JointTokens | None = None,
         hooks: Hooks | None = None,
         seen: SeenImage | None = None,
+        lifted: Tensor | None = None,
     ) -> Tensor:
-        """latents [N, C] on voxels, timestep [B] in [0, 1] → velocity [N, C']."""
+        """latents [N, C] on voxels, timestep [B] in [0, 1] → velocity [N, C'']. ``lifted`` [N, C']: what the image says
+        about each voxel, zeros for an item without one; None for no item with one.
+        """
         self.check(image, latents.batch_size)
         plan = plan or self.plan(latents, image)
         seen = seen or self.see(image)
         embedded = self.modulators(timestep, seen, image)
         time = embedded.to(self.torso_dtype)
         h = self.input_layer(latents.feats)
+        if lifted is not None:
+            self.check_lifted(lifted, (len(h), self.config.lifted_channels))
+            h = h + self.lifted_layer(lifted.to(h.dtype))
         if self.config.absolute:
             h = h + self.cell_embedding(cells(latents.coords, self.config.patch_size))
         h = h.to(self.torso_dtype)
