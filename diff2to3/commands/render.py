@@ -3,6 +3,7 @@
 diff2to3 render out.ply -o turntable.gif              a turn around the object (.gif, .mp4, or .png for a sheet)
 diff2to3 render out.ply -o sheet.png --views 8 --resolution 256 --elevation 30
 diff2to3 render scene.ply -o scene.mp4 --fit          a file whose object is not in the unit box
+diff2to3 render out.ply -o photo.png --camera metadata.json    as the photo showed it that out.ply was made from
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from diff2to3.errors import InputError
 from diff2to3.gaussians.pictures import check_format, write_frames
 from diff2to3.gaussians.ply import read_ply
+from diff2to3.pipeline.camera_file import read_camera
 from diff2to3.pipeline.turntable import DEFAULT_VIEWS, frames
 from diff2to3.types import Gaussians
 from diff2to3.views.cameras import CameraConfig, sample_cameras
@@ -30,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--orbit", action="store_true", help="turn once around the object (this is the default)"
     )
+    parser.add_argument(
+        "--camera", type=Path, metavar="FILE",
+        help="metadata.json beside a generated .ply: one picture (.png) from its photo's camera",
+    )  # fmt: skip
     parser.add_argument(
         "--views", type=int, help="frames of the turn (default: 8 in a .png, 48 in a .gif, 120 in an .mp4)"
     )
@@ -69,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     gaussians, _ = read_ply(args.ply)
     if len(gaussians) == 0:
         raise InputError(f"{args.ply}: holds no Gaussians")
+    if args.camera is not None:
+        return as_in_photo(args, gaussians)
     if args.fit:
         gaussians = fit_unit_box(gaussians)
     try:
@@ -81,6 +89,23 @@ def run(args: argparse.Namespace) -> int:
     pictures = turn(gaussians.to(args.device), viewmats, Ks, args.resolution, args.background)
     write_frames(args.out, pictures, args.fps)
     print(f"{args.out}: {num_views} views of {len(gaussians):,} Gaussians")
+    return 0
+
+
+def as_in_photo(args: argparse.Namespace, gaussians: Gaussians) -> int:
+    """One picture from the camera that a metadata.json records."""
+    if args.out.suffix.lower() != ".png":
+        raise InputError(f"{args.out}: --camera makes one picture; name a .png")
+    for name in ("fit", "views", "orbit"):
+        if getattr(args, name):
+            raise InputError(
+                f"--{name}: has no meaning with --camera, which is one view of the asset as it is"
+            )
+    camera = read_camera(args.camera)
+    shot = [(camera.viewmat, camera.K(args.resolution))]
+    pictures = frames(gaussians.to(args.device), shot, args.resolution, args.background)
+    write_frames(args.out, pictures, args.fps)
+    print(f"{args.out}: the photo's view of {len(gaussians):,} Gaussians")
     return 0
 
 
