@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diff2to3.commands.render import fit_unit_box
 from diff2to3.errors import InputError
-from diff2to3.gaussians.ply import ply_bytes, read_ply, write_ply
+from diff2to3.gaussians.ply import ply_bytes, ply_columns, read_ply, write_ply
 from diff2to3.types import Gaussians
 
 
@@ -120,17 +121,18 @@ def test_mixed_property_types(tmp_path):
 def damaged():
     good = ply_bytes(random_gaussians(4))
     header, body = good.split(b"end_header\n", 1)
-    nan = bytearray(body)
-    nan[0:4] = struct.pack("<f", float("nan"))
+    rows = np.frombuffer(body, "<f4").reshape(4, -1).copy()
+    rows[:, 0] = np.nan
     mesh = b"ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nproperty float y\nproperty float z\n"
     return {
         "truncated: 4 vertices expected, 3 found": good[:-1],
         "the header has no end": header,
         "not a .ply file": b"GLB" + good,
-        "NaN or infinite values in x": header + b"end_header\n" + bytes(nan),
+        "NaN or infinite positions in every one of its 4": header + b"end_header\n" + rows.tobytes(),
         "no property opacity": mesh + b"end_header\n0 0 0\n",
-        "expected vertices first, found the elements face": b"ply\nformat ascii 1.0\nelement face 1\nend_header\n",
-        "export it as plain": b"ply\nformat ascii 1.0\nelement chunk 1\nelement vertex 1\nend_header\n",
+        "no vertices; it holds the elements face": b"ply\nformat ascii 1.0\nelement face 1\nend_header\n",
+        "a compressed splat file (SuperSplat); export it as plain .ply": b"ply\nformat ascii 1.0\n"
+        b"element chunk 1\nproperty float min_x\nelement vertex 1\nproperty uint packed_position\nend_header\n",
         "the vertices hold lists": mesh + b"property list uchar int k\nend_header\n",
         "unknown .ply format": good.replace(b"binary_little_endian", b"morse"),
         "unsupported .ply layout": good.replace(b"property float nx", b"property float16 nx"),
@@ -163,6 +165,90 @@ def test_any_bytes_give_gaussians_or_an_input_error(tmp_path_factory, noise, at,
     except InputError:
         return
     assert all(torch.isfinite(x).all() for x in (g.means, g.quats, g.scales, g.opacities, g.sh))
+
+
+def with_element_before(g, order, lists):
+    """A file of another program: cameras, or faces with lists of two lengths, come before the vertices."""
+    header, body = ply_bytes(g).split(b"element vertex", 1)
+    header = header.replace(b"binary_little_endian", order.encode())
+    kind = b"list uchar int indices" if lists else b"float focal"
+    header += b"element other 2\nproperty " + kind + b"\nproperty uchar flag\nelement vertex"
+    vertices, table = body.split(b"end_header\n", 1)
+    if order == "ascii":
+        rows = np.frombuffer(table, "<f4").reshape(len(g), -1).tolist()
+        table = "\n".join(" ".join(map(repr, row)) for row in rows).encode()
+        other = b"3 0 1 2 9\n1 7 9\n" if lists else b"1.5 9\n2.5 9\n"
+    else:
+        end = "<" if "little" in order else ">"
+        table = np.frombuffer(table, "<f4").astype(f"{end}f4").tobytes()
+        if lists:
+            other = struct.pack(f"{end}B3iBBiB", 3, 0, 1, 2, 9, 1, 7, 9)
+        else:
+            other = struct.pack(f"{end}fBfB", 1.5, 9, 2.5, 9)
+    return header + vertices + b"end_header\n" + other + table
+
+
+@pytest.mark.parametrize("order", ["ascii", "binary_little_endian", "binary_big_endian"])
+@pytest.mark.parametrize("lists", [False, True])
+def test_elements_before_the_vertices_are_skipped(tmp_path, order, lists):
+    g = random_gaussians(5, 1)
+    (tmp_path / "a.ply").write_bytes(with_element_before(g, order, lists))
+    after, _ = read_ply(tmp_path / "a.ply")
+    assert torch.equal(after.means, g.means) and torch.equal(after.sh, g.sh)
+
+
+def with_values(path, g, **changes):
+    """Write ``g`` with single values, {property: (row, value)}, replaced as they stand in the file."""
+    data = ply_bytes(g)
+    names, _ = plain_reader(data)
+    header, body = data.split(b"end_header\n", 1)
+    table = np.frombuffer(body, "<f4").reshape(len(g), -1).copy()
+    for name, (row, value) in changes.items():
+        table[row, names.index(name)] = value
+    path.write_bytes(header + b"end_header\n" + table.tobytes())
+
+
+def test_infinite_logits_and_logarithms_are_values(tmp_path):
+    """Other programs write what is opaque as the logit of 1, and what is flat as the logarithm of 0."""
+    g = random_gaussians(4)
+    with_values(tmp_path / "a.ply", g, opacity=(1, np.inf), scale_2=(2, -np.inf))
+    after, metadata = read_ply(tmp_path / "a.ply")
+    assert len(after) == 4 and "notes" not in metadata
+    assert float(after.opacities[1]) == 1 and float(after.scales[2, 2]) == 0
+    with_values(tmp_path / "b.ply", g, opacity=(3, -np.inf))
+    assert float(read_ply(tmp_path / "b.ply")[0].opacities[3]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("x", np.nan, "positions"), ("y", np.inf, "positions"), ("rot_2", np.inf, "rotations"),
+        ("scale_0", np.inf, "scales"), ("scale_0", 200.0, "scales"), ("opacity", np.nan, "opacities"),
+        ("f_dc_1", np.inf, "colours"), ("f_rest_4", np.nan, "colours"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_left_out_with_a_note(tmp_path, name, value, what):
+    g = random_gaussians(6, 1)
+    with_values(tmp_path / "a.ply", g, **{name: (2, value)})
+    after, metadata = read_ply(tmp_path / "a.ply")
+    assert metadata["notes"] == [f"a.ply: 1 of 6 Gaussians left out: NaN or infinite {what}"]
+    assert torch.equal(after.quats, g.quats[[0, 1, 3, 4, 5]])
+
+
+def test_positions_of_georeferenced_files_stay_apart(tmp_path):
+    """Metres on a map in double precision: float32 would round them to 0.5."""
+    g = random_gaussians(50)
+    columns = {name: values for name, values in ply_columns(g).items() if not name.startswith("n")}
+    columns["x"] = columns["x"] + 4_400_000.0
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(g)}"]
+    header += [f"property double {name}" for name in columns] + ["end_header", ""]
+    table = np.stack(list(columns.values()), 1)
+    (tmp_path / "a.ply").write_bytes("\n".join(header).encode() + table.tobytes())
+    precise = read_ply(tmp_path / "a.ply", means_dtype=torch.float64)[0]
+    fitted, expected = fit_unit_box(precise), fit_unit_box(g)
+    assert fitted.means.dtype == torch.float32
+    torch.testing.assert_close(fitted.means, expected.means, rtol=0, atol=1e-5)
+    torch.testing.assert_close(fitted.scales, expected.scales)
 
 
 def test_missing_file_and_bad_gaussians(tmp_path):

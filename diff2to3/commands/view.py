@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     gaussians, metadata = read_ply(args.file)
+    for note in metadata.pop("notes", []):
+        print(f"diff2to3 view: {note}", file=sys.stderr)
     if len(gaussians) == 0:
         raise InputError(f"{args.file}: holds no Gaussians")
     photo = open_photo(args.photo) if args.photo else None

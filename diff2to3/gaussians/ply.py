@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ CONVENTIONS = {
 OPACITY_MARGIN = 1e-6
 SMALLEST_SCALE = 1e-12
 MAX_HEADER = 1 << 16
+WORD = re.compile(rb"\s*\S+")
 
 PLY_TYPES = {
     "char": "i1",
@@ -104,12 +106,20 @@ def ply_columns(g: Gaussians) -> dict[str, np.ndarray]:
     return columns
 
 
-def read_ply(path: str | Path) -> tuple[Gaussians, dict[str, Any]]:
-    """Gaussians and metadata ({} in files of other programs). Reads binary (both orders) and ASCII files.
+def read_ply(
+    path: str | Path, *, means_dtype: torch.dtype = torch.float32
+) -> tuple[Gaussians, dict[str, Any]]:
+    """Gaussians and metadata (of files of other programs: {}). Reads binary (both orders) and ASCII files.
+
+    Rows with NaN or infinite values are left out; ``metadata["notes"]``, a list of lines, then says how many. An
+    infinite logit or logarithm is no such value where its activation is finite: opacities 0 and 1, scales of 0.
+
+    Args:
+        means_dtype: float64 keeps the positions of georeferenced files, which are far from the origin, apart.
 
     Raises:
-        InputError: no such file, not a .ply, not one of 3D Gaussians, truncated, or with NaN or infinite
-        values.
+        InputError: no such file, not a .ply, not one of 3D Gaussians, truncated, or without a row that can be
+            used.
     """
     path = Path(path)
     try:
@@ -118,21 +128,34 @@ def read_ply(path: str | Path) -> tuple[Gaussians, dict[str, Any]]:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     header, start = parse_header(path, data)
     columns = read_vertices(path, header, data, start)
-    return gaussians_from_columns(path, columns), header.metadata
+    gaussians, note = gaussians_from_columns(path, columns, means_dtype)
+    notes = {"notes": [note]} if note else {}
+    return gaussians, {**header.metadata, **notes}
+
+
+@dataclass
+class Element:
+    """``properties``: (name, numpy type without byte order), of lists (name, types of the length and of the
+    values).
+    """
+
+    name: str
+    count: int
+    properties: list[tuple[str, ...]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Header:
-    """``properties``: (name, numpy type without byte order) of the vertex element."""
+    """``before``: the elements that come before the vertices."""
 
     order: str
-    num_vertices: int
-    properties: tuple[tuple[str, str], ...]
+    before: tuple[Element, ...]
+    vertex: Element
     metadata: dict[str, Any]
 
 
 def parse_header(path: Path, data: bytes) -> tuple[Header, int]:
-    """The header, and where the vertices start."""
+    """The header, and where the first element starts."""
     if not data.startswith((b"ply\n", b"ply\r\n")):
         raise InputError(f"{path}: not a .ply file")
     end = data.find(b"end_header", 0, MAX_HEADER)
@@ -140,8 +163,8 @@ def parse_header(path: Path, data: bytes) -> tuple[Header, int]:
     if end < 0 or newline < 0:
         raise InputError(f"{path}: the header has no end; the file is truncated or damaged")
     orders = {"binary_little_endian": "<", "binary_big_endian": ">", "ascii": "ascii"}
-    order, elements, metadata = "", [], {}
-    properties: list[tuple[str, str]] = []
+    order, metadata = "", {}
+    elements: list[Element] = []
     for line in data[:end].decode("ascii", "replace").splitlines()[1:]:
         words = line.split()
         match words:
@@ -149,21 +172,34 @@ def parse_header(path: Path, data: bytes) -> tuple[Header, int]:
                 order = orders.get(name, "")
             case ["comment", tag, *_] if tag == COMMENT:
                 metadata = parse_metadata(line.split(COMMENT, 1)[1])
-            case ["element", name, count] if count.isdigit():
-                elements.append((name, int(count)))
-            case ["property", kind, name] if elements and elements[-1][0] == "vertex":
-                if len(elements) > 1 or kind not in PLY_TYPES:
-                    raise InputError(f"{path}: unsupported .ply layout at {line!r}")
-                properties.append((name, PLY_TYPES[kind]))
-            case ["property", "list", *_] if elements and elements[-1][0] == "vertex":
-                raise InputError(f"{path}: not a .ply of 3D Gaussians: the vertices hold lists")
+            case ["element", name, count] if count.isdigit() and len(count) < 16:
+                elements.append(Element(name, int(count)))
+            case ["property", *kinds, name] if elements:
+                elements[-1].properties.append((name, *kinds))
     if not order:
         raise InputError(f"{path}: unknown .ply format; expected binary or ascii")
-    if not elements or elements[0][0] != "vertex":
-        names = ", ".join(name for name, _ in elements) or "none"
-        hint = "; it is a compressed splat file, export it as plain .ply" if "chunk" in names else ""
-        raise InputError(f"{path}: expected vertices first, found the elements {names}{hint}")
-    return Header(order, elements[0][1], tuple(properties), metadata), newline + 1
+    names = [element.name for element in elements]
+    if "vertex" not in names:
+        raise InputError(f"{path}: no vertices; it holds the elements {', '.join(names) or 'none'}")
+    at = names.index("vertex")
+    vertex = elements[at]
+    if any(name == "packed_position" for name, *_ in vertex.properties):
+        raise InputError(f"{path}: a compressed splat file (SuperSplat); export it as plain .ply")
+    if any(kinds[:1] == ["list"] for _, *kinds in vertex.properties):
+        raise InputError(f"{path}: not a .ply of 3D Gaussians: the vertices hold lists")
+    for element in elements[: at + 1]:
+        element.properties = [typed(path, element.name, *words) for words in element.properties]
+    return Header(order, tuple(elements[:at]), vertex, metadata), newline + 1
+
+
+def typed(path: Path, element: str, name: str, *kinds: str) -> tuple[str, ...]:
+    """A property with numpy's names of its types."""
+    types = kinds[1:] if kinds[:1] == ("list",) else kinds
+    if len(types) != 1 + (kinds[:1] == ("list",)) or any(kind not in PLY_TYPES for kind in types):
+        raise InputError(
+            f"{path}: unsupported .ply layout: property {name!r} of {element}: {' '.join(kinds)}"
+        )
+    return (name, *(PLY_TYPES[kind] for kind in types))
 
 
 def parse_metadata(text: str) -> dict[str, Any]:
@@ -176,12 +212,14 @@ def parse_metadata(text: str) -> dict[str, Any]:
 
 def read_vertices(path: Path, header: Header, data: bytes, start: int) -> dict[str, np.ndarray]:
     """Property name → float64 values [G]."""
-    names = [name for name, _ in header.properties]
+    names = [name for name, *_ in header.vertex.properties]
     if len(set(names)) < len(names):
         raise InputError(f"{path}: a property occurs twice")
-    count = header.num_vertices
+    count = header.vertex.count
+    if not names:
+        raise InputError(f"{path}: the vertices have no properties")
     if header.order == "ascii":
-        words = data[start:].split(None, count * len(names))[: count * len(names)]
+        words = ascii_words(path, header, data[start:])
         if len(words) < count * len(names):
             raise InputError(
                 f"{path}: truncated: {count} vertices expected, {len(words) // len(names)} found"
@@ -191,15 +229,70 @@ def read_vertices(path: Path, header: Header, data: bytes, start: int) -> dict[s
         except ValueError as error:
             raise InputError(f"{path}: a vertex is not a row of numbers") from error
         return {name: table[:, i] for i, name in enumerate(names)}
-    layout = np.dtype([(name, header.order + kind) for name, kind in header.properties])
-    found = (len(data) - start) // max(layout.itemsize, 1)
+    for element in header.before:
+        start = end_of(path, element, header.order, data, start)
+    layout = np.dtype([(name, header.order + kind) for name, kind in header.vertex.properties])
+    found = max(len(data) - start, 0) // max(layout.itemsize, 1)
     if found < count:
         raise InputError(f"{path}: truncated: {count} vertices expected, {found} found")
     rows = np.frombuffer(data, layout, count, start)
-    return {name: rows[name].astype(np.float64) for name in names}
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        return {name: rows[name].astype(np.float64) for name in names}
 
 
-def gaussians_from_columns(path: Path, columns: dict[str, np.ndarray]) -> Gaussians:
+def end_of(path: Path, element: Element, order: str, data: bytes, start: int) -> int:
+    """Where a binary element ends that begins at ``start``."""
+    if all(len(kinds) == 1 for _, *kinds in element.properties):
+        size = sum(np.dtype(kind).itemsize for _, kind in element.properties)
+        return start + element.count * size
+    for _ in range(element.count):
+        for _, *kinds in element.properties:
+            length = 1
+            if len(kinds) == 2:
+                size = np.dtype(kinds[0]).itemsize
+                if start + size > len(data):
+                    raise InputError(f"{path}: truncated in the element {element.name}")
+                length = int(np.frombuffer(data, order + kinds[0], 1, start)[0])
+                start += size
+            start += max(length, 0) * np.dtype(kinds[-1]).itemsize
+    return start
+
+
+def ascii_words(path: Path, header: Header, text: bytes) -> list[bytes]:
+    """The words of the vertices, with none left over: fewer where the file is truncated."""
+    at = 0
+    for element in header.before:
+        if all(len(kinds) == 1 for _, *kinds in element.properties):
+            at = after_words(text, at, element.count * len(element.properties))
+            continue
+        for _ in range(element.count):
+            for _, *kinds in element.properties:
+                first = at
+                at = after_words(text, at, 1)
+                if len(kinds) == 2:
+                    length = text[first:at].strip()
+                    if not length.isdigit():
+                        raise InputError(f"{path}: truncated in the element {element.name}")
+                    at = after_words(text, at, int(length))
+    # a word takes two bytes, which bounds what a lying header can ask for
+    wanted = min(header.vertex.count * len(header.vertex.properties), len(text))
+    return text[at:].split(None, wanted)[:wanted]
+
+
+def after_words(text: bytes, at: int, count: int) -> int:
+    """Where ``count`` words have ended; the text's end where there are fewer."""
+    for _ in range(min(count, len(text))):
+        match = WORD.match(text, at)
+        if match is None:
+            return len(text)
+        at = match.end()
+    return at
+
+
+def gaussians_from_columns(
+    path: Path, columns: dict[str, np.ndarray], means_dtype: torch.dtype = torch.float32
+) -> tuple[Gaussians, str]:
+    """The Gaussians of the rows that can be used, and a note where some cannot. InputError where none can."""
     missing = [name for name in (*BASE, *DC) if name not in columns]
     if missing:
         raise InputError(f"{path}: not a .ply of 3D Gaussians: no property {', '.join(missing)}")
@@ -208,10 +301,6 @@ def gaussians_from_columns(path: Path, columns: dict[str, np.ndarray]) -> Gaussi
     rest_names = [f"f_rest_{i}" for i in range(num_rest)]
     if num_rest not in (0, 9, 24, 45) or any(name not in columns for name in rest_names):
         raise InputError(f"{path}: {num_rest} properties f_rest_*; expected 0, 9, 24 or 45, numbered from 0")
-    used = (*BASE, *DC, *rest_names)
-    bad = [name for name in used if not np.isfinite(columns[name]).all()]
-    if bad:
-        raise InputError(f"{path}: NaN or infinite values in {', '.join(bad)}")
 
     def stack(*names: str) -> Tensor:
         return torch.from_numpy(np.stack([columns[n] for n in names], -1))
@@ -219,11 +308,21 @@ def gaussians_from_columns(path: Path, columns: dict[str, np.ndarray]) -> Gaussi
     num = len(columns["x"])
     dc = stack(*DC)[:, None]
     rest = stack(*rest_names).reshape(num, 3, per_channel).transpose(1, 2) if num_rest else dc[:, :0]
-    limit = math.log(torch.finfo(torch.float32).max)
-    return Gaussians(
-        stack("x", "y", "z").float(),
+    values = (
+        stack("x", "y", "z").to(means_dtype),
         stack("rot_0", "rot_1", "rot_2", "rot_3").float(),
-        stack("scale_0", "scale_1", "scale_2").clamp(max=limit).exp().float(),
+        stack("scale_0", "scale_1", "scale_2").exp().float(),
         torch.sigmoid(stack("opacity")[:, 0]).float(),
         torch.cat([dc, rest], 1).float(),
     )
+    names = ("positions", "rotations", "scales", "opacities", "colours")
+    fine = [value.isfinite().view(num, math.prod(value.shape[1:])).all(1) for value in values]
+    keep = torch.stack(fine).all(0)
+    if keep.all():
+        return Gaussians(*values), ""
+    bad = ", ".join(name for name, ok in zip(names, fine, strict=True) if not bool(ok.all()))
+    dropped = num - int(keep.sum())
+    if dropped == num:
+        raise InputError(f"{path}: NaN or infinite {bad} in every one of its {num:,} Gaussians")
+    note = f"{path.name}: {dropped:,} of {num:,} Gaussians left out: NaN or infinite {bad}"
+    return Gaussians(*(value[keep] for value in values)), note
