@@ -323,6 +323,7 @@ class Mesh:
     normals       float32 [P, 3]   unit shading normals, or None for flat shading
     uvs           float32 [P, 2]   texture coordinates, v down; None where no material has a texture
     colors        float32 [P, 4]   linear RGBA vertex colours, or None for white
+    emissive_uvs  float32 [P, 2]   coordinates of emissive textures; None where they read ``uvs``
     transform     float64 [4, 4]   file coordinates -> object frame
     notes         what the file has and this container does not carry, one line each
     """
@@ -334,6 +335,7 @@ class Mesh:
     normals: np.ndarray | None = None
     uvs: np.ndarray | None = None
     colors: np.ndarray | None = None
+    emissive_uvs: np.ndarray | None = None
     transform: np.ndarray = field(default_factory=lambda: np.eye(4))
     name: str = ""
     notes: tuple[str, ...] = ()
@@ -347,6 +349,7 @@ class Mesh:
         for name, array, width in (
             ("normals", self.normals, 3),
             ("uvs", self.uvs, 2),
+            ("emissive_uvs", self.emissive_uvs, 2),
             ("colors", self.colors, 4),
         ):
             if array is not None:

@@ -19,7 +19,7 @@ COMPOSING = {
 LAYERS: dict[str, set[str]] = {
     "types": set(),
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "kernels": set(),
     "blender": {"types", "errors", "files"},
     "nn": {"kernels", "types", "errors", "files"},

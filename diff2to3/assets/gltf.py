@@ -20,6 +20,7 @@ from diff2to3.assets import codecs
 from diff2to3.assets.limits import Limits
 from diff2to3.assets.source import Resolver
 from diff2to3.errors import InputError
+from diff2to3.files import utf8
 
 Json = dict[str, Any]
 
@@ -37,6 +38,7 @@ UNDERSTOOD = {
     "KHR_materials_pbrSpecularGlossiness",
     "KHR_materials_unlit",
     "KHR_mesh_quantization",
+    "KHR_node_visibility",
     "KHR_texture_transform",
     # ignored: reflections and lights are not drawn
     "KHR_lights_punctual",
@@ -151,6 +153,13 @@ class Gltf:
             values = np.maximum(values.astype(np.float32) / top, np.float32(-1))
         return values[:, 0] if spec["type"] == "SCALAR" else values
 
+    def typed(self, values: np.ndarray, spec: Json) -> np.ndarray:
+        """Values from a decoder that has integer types of its own, as the accessor's type."""
+        dtype, size, count = self._layout(spec)
+        if values.shape != (count, size):
+            raise InputError(f"a compressed attribute is {values.shape}, its accessor {(count, size)}")
+        return self.finish(values.astype(dtype), spec)
+
     def _layout(self, spec: Json) -> tuple[np.dtype, int, int]:
         try:
             dtype = np.dtype(COMPONENT_DTYPES[spec["componentType"]])
@@ -209,7 +218,10 @@ def _split_glb(data: bytes) -> tuple[bytes, bytes | None]:
             text = data[offset : offset + length]
         elif kind == b"BIN\0" and binary is None:
             binary = data[offset : offset + length]
-        offset += (length + 3) & ~3
+        offset += length
+        # A length counts its padding. Some writers leave the padding out, of the length or altogether.
+        if data[offset + 4 : offset + 8] != b"BIN\0":
+            offset = (offset + 3) & ~3
     if text is None:
         raise InputError("GLB without a JSON chunk")
     return text, binary
@@ -217,12 +229,27 @@ def _split_glb(data: bytes) -> tuple[bytes, bytes | None]:
 
 def _parse_json(text: bytes) -> Json:
     try:
-        document = json.loads(text.decode("utf-8-sig").rstrip("\0 "))
+        document = json.loads(utf8(text).decode("utf-8").rstrip("\0 "))
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise InputError(f"not glTF: the JSON cannot be read ({error})") from None
     if not isinstance(document, dict):
         raise InputError("not glTF: the JSON is not an object")
+    if b"null" in text:
+        _drop_nulls(document)
     return document
+
+
+def _drop_nulls(document: Json) -> None:
+    """Take out members that are null: some writers mean by it what leaving them out means."""
+    stack: list[Any] = [document]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            for key in [key for key, value in item.items() if value is None]:
+                del item[key]
+        stack.extend(
+            v for v in (item.values() if isinstance(item, dict) else item) if isinstance(v, dict | list)
+        )
 
 
 def _strided(

@@ -31,28 +31,36 @@ def read_parts(document: Gltf) -> tuple[list[Part], list[str]]:
     not played. Raises InputError when there is nothing to draw or a limit is passed.
     """
     reader, notes = MaterialReader(document), []
-    worlds = _world_matrices(document)
-    instances = list(_instances(document, worlds))
-    num_faces, num_other = _count_faces(document, instances)
+    worlds, shown = _world_matrices(document)
+    instances = list(_instances(document, {i: m for i, m in worlds.items() if i in shown}))
+    num_faces, num_other, num_empty = _count_faces(document, instances)
     document.limits.check("triangles", num_faces, "max_faces")
     if num_faces == 0:
         what = "a point cloud or wireframe, not a surface" if num_other else "an empty scene"
         raise InputError(f"no triangles: {what}")
     if num_other:
         notes.append(f"{num_other} point or line primitives are not drawn")
+    if num_empty:
+        notes.append(f"{num_empty} primitives without positions are not drawn")
+    num_hidden = sum("mesh" in document.nodes[i] for i in worlds.keys() - shown)
+    if num_hidden:
+        notes.append(f"{num_hidden} meshes on nodes that are not visible are not drawn")
     if document.json.get("animations"):
         notes.append("animations are not played: the asset is posed as its nodes are stored")
     parts = []
     for instance in instances:
         mesh = document.item("meshes", instance.node["mesh"])
         for primitive in mesh.get("primitives", []):
-            if primitive.get("mode", 4) in _TRIANGLE_MODES:
+            if primitive.get("mode", 4) in _TRIANGLE_MODES and "POSITION" in primitive.get("attributes", {}):
                 parts.append(_read_primitive(document, reader, instance, mesh, primitive, worlds))
     return parts, notes + reader.notes + reader.budget.notes
 
 
-def _world_matrices(document: Gltf) -> dict[int, np.ndarray]:
-    """World matrix of every node that the default scene reaches: {node index: float64 [4, 4]}."""
+def _world_matrices(document: Gltf) -> tuple[dict[int, np.ndarray], set[int]]:
+    """World matrix of every node that the default scene reaches: {node index: float64 [4, 4]}.
+
+    With the nodes among them that KHR_node_visibility does not hide, themselves or by a parent.
+    """
     nodes = document.nodes
     scenes = document.json.get("scenes", [])
     if scenes:
@@ -61,15 +69,19 @@ def _world_matrices(document: Gltf) -> dict[int, np.ndarray]:
         children = {child for node in nodes for child in node.get("children", [])}
         roots = [i for i in range(len(nodes)) if i not in children]
     worlds: dict[int, np.ndarray] = {}
-    stack = [(root, np.eye(4)) for root in roots]
+    shown: set[int] = set()
+    stack = [(root, np.eye(4), True) for root in dict.fromkeys(roots)]
     while stack:
-        index, parent = stack.pop()
+        index, parent, visible = stack.pop()
         if index in worlds:
             raise InputError(f"nodes[{index}] has two parents or is its own ancestor")
         node = document.item("nodes", index)
         worlds[index] = parent @ _local_matrix(node)
-        stack.extend((child, worlds[index]) for child in node.get("children", []))
-    return worlds
+        visible &= bool(node.get("extensions", {}).get("KHR_node_visibility", {}).get("visible", True))
+        if visible:
+            shown.add(index)
+        stack.extend((child, worlds[index], visible) for child in node.get("children", []))
+    return worlds, shown
 
 
 def _local_matrix(node: Json) -> np.ndarray:
@@ -125,20 +137,24 @@ def _instancing_matrices(document: Gltf, attributes: Json) -> np.ndarray:
     )
 
 
-def _count_faces(document: Gltf, instances: list[Instance]) -> tuple[int, int]:
-    """(triangles, point and line primitives), from the accessors' counts: nothing is decoded yet."""
-    num_faces = num_other = 0
+def _count_faces(document: Gltf, instances: list[Instance]) -> tuple[int, int, int]:
+    """(triangles, point and line primitives, primitives without positions), from the accessors' counts: nothing is
+    decoded yet."""
+    num_faces = num_other = num_empty = 0
     for instance in instances:
         for primitive in document.item("meshes", instance.node["mesh"]).get("primitives", []):
             mode = primitive.get("mode", 4)
             attributes = primitive.get("attributes", {})
-            if mode not in _TRIANGLE_MODES or "POSITION" not in attributes:
+            if "POSITION" not in attributes:
+                num_empty += 1
+                continue
+            if mode not in _TRIANGLE_MODES:
                 num_other += 1
                 continue
             accessor = primitive.get("indices", attributes["POSITION"])
             count = int(document.item("accessors", accessor).get("count", 0))
             num_faces += count // 3 if mode == 4 else max(count - 2, 0)
-    return num_faces, num_other
+    return num_faces, num_other, num_empty
 
 
 def _read_primitive(
@@ -161,11 +177,14 @@ def _read_primitive(
     faces = _assemble(indices, primitive.get("mode", 4), len(positions))
     if matrices.ndim == 2 and np.linalg.det(matrices[:3, :3]) < 0:
         faces = faces[:, ::-1]  # a mirroring matrix turns the winding over
-    material, uv_map = reader.material(primitive.get("material"))
+    material, uv_map, emissive_map = reader.material(primitive.get("material"))
     uvs = attributes.get(f"TEXCOORD_{uv_map.uv_set}")
     has_texture = material.base_color_texture is not None or material.emissive_texture is not None
     if has_texture and uvs is None:
         reader.notes.append(f"material {material.name!r}: texture without coordinates, read at (0, 0)")
+    emissive_uvs = None
+    if emissive_map is not None:
+        emissive_uvs = attributes.get(f"TEXCOORD_{emissive_map.uv_set}", np.zeros((len(positions), 2)))
     return Part(
         positions=positions,
         faces=faces,
@@ -173,6 +192,7 @@ def _read_primitive(
         normals=normals,
         uvs=uv_map.apply(uvs) if has_texture and uvs is not None else None,
         colors=_linear_colors(attributes.get("COLOR_0")),
+        emissive_uvs=emissive_map.apply(emissive_uvs) if emissive_map and emissive_uvs is not None else None,
     )
 
 
@@ -186,7 +206,7 @@ def _geometry(document: Gltf, primitive: Json) -> tuple[np.ndarray, dict[str, np
         payload = document.view_bytes(draco["bufferView"])[0].tobytes()
         indices, raw = codecs.decode_draco(payload, packed)
         document.limits.check("triangles", len(indices) // 3, "max_faces")
-        found = {k: document.finish(v, document.item("accessors", wanted[k])) for k, v in raw.items()}
+        found = {k: document.typed(v, document.item("accessors", wanted[k])) for k, v in raw.items()}
         found |= {k: document.accessor(v) for k, v in wanted.items() if k not in packed}
     else:
         found = {k: document.accessor(v) for k, v in wanted.items()}

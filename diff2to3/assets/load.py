@@ -1,4 +1,4 @@
-"""Load one 3D file into a :class:`Mesh`: glTF and OBJ by readers of our own, PLY and STL through trimesh."""
+"""Load one 3D file into a :class:`Mesh`: glTF, OBJ and PLY by readers of our own, STL through trimesh."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from diff2to3.assets.gltf import Gltf
 from diff2to3.assets.gltf_scene import read_parts
 from diff2to3.assets.limits import Limits
 from diff2to3.assets.parts import Part, assemble
-from diff2to3.assets.source import FileSource, Resolver
+from diff2to3.assets.source import FileSource, NoFiles, Resolver
 from diff2to3.errors import InputError
 from diff2to3.types import Mesh
 
 #: File types that are read, and which axis points up in each by convention.
 UP_AXIS = {"glb": "y", "gltf": "y", "obj": "y", "ply": "z", "stl": "z"}
+
+#: Less opacity than this shows in no image of eight bits.
+_LEAST_ALPHA = 1 / 512
 
 #: What damaged bytes can make a parser raise. Anything else is a bug here and is not caught.
 _DAMAGE = (
@@ -58,7 +61,7 @@ def load_mesh(
     and MissingDependencyError when a package that the format needs is not installed.
     """
     limits = limits or Limits()
-    resolve: Resolver = _no_resolver
+    resolve: Resolver = NoFiles()
     if isinstance(source, bytes):
         data, label = source, name or "bytes"
         file_type = file_type or ("glb" if source[:4] == b"glTF" else None)
@@ -76,12 +79,31 @@ def load_mesh(
             raise ValueError(f"up: expected auto, y or z, got {up!r}")
         with np.errstate(all="ignore"):  # numbers that are not finite are found and reported below
             parts, notes = _READERS[kind](data, kind, resolve, limits)
-            return assemble(parts, UP_AXIS[kind] if up == "auto" else up, label, notes)
+            mesh = assemble(parts, UP_AXIS[kind] if up == "auto" else up, label, notes)
+            _check_visible(mesh)
+            return mesh
     except InputError as error:
         raise InputError(f"{label}: {error}") from error
     except _DAMAGE as error:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise InputError(f"{label}: damaged or not a {file_type} file ({reason})") from error
+
+
+def _check_visible(mesh: Mesh) -> None:
+    """InputError for a mesh of which nothing can be seen: its views would be blank."""
+    for index in np.unique(mesh.material_ids):
+        material = mesh.materials[index]
+        if material.alpha_mode == "OPAQUE":
+            return
+        alpha = material.base_color_factor[3]
+        if material.base_color_texture is not None:
+            alpha *= float(material.base_color_texture.pixels[..., 3].max()) / 255
+        if mesh.colors is not None:
+            faces = mesh.faces[mesh.material_ids == index]
+            alpha *= float(mesh.colors[faces.reshape(-1), 3].max())
+        if alpha >= (material.alpha_cutoff if material.alpha_mode == "MASK" else _LEAST_ALPHA):
+            return
+    raise InputError("no visible surface: every material is transparent")
 
 
 def _checked_type(file_type: str | None) -> str:
@@ -90,10 +112,6 @@ def _checked_type(file_type: str | None) -> str:
         known = ", ".join(UP_AXIS)
         raise InputError(f"files of type {kind or 'unknown'!r} are not read; convert to one of {known}")
     return kind
-
-
-def _no_resolver(uri: str) -> bytes:
-    raise InputError(f"names the file {uri[:80]!r}, which in-memory data cannot have beside it")
 
 
 def _read_gltf(data: bytes, kind: str, resolve: Resolver, limits: Limits) -> tuple[list[Part], list[str]]:
@@ -106,16 +124,22 @@ def _read_obj(data: bytes, kind: str, resolve: Resolver, limits: Limits) -> tupl
     return read_obj(data, resolve, limits)
 
 
-def _read_other(data: bytes, kind: str, resolve: Resolver, limits: Limits) -> tuple[list[Part], list[str]]:
-    from diff2to3.assets.other_formats import read_other
+def _read_ply(data: bytes, kind: str, resolve: Resolver, limits: Limits) -> tuple[list[Part], list[str]]:
+    from diff2to3.assets.ply_mesh import read_ply
 
-    return read_other(data, kind, limits)
+    return read_ply(data, resolve, limits)
+
+
+def _read_stl(data: bytes, kind: str, resolve: Resolver, limits: Limits) -> tuple[list[Part], list[str]]:
+    from diff2to3.assets.stl import read_stl
+
+    return read_stl(data, limits)
 
 
 _READERS: dict[str, Callable[[bytes, str, Resolver, Limits], tuple[list[Part], list[str]]]] = {
     "glb": _read_gltf,
     "gltf": _read_gltf,
     "obj": _read_obj,
-    "ply": _read_other,
-    "stl": _read_other,
+    "ply": _read_ply,
+    "stl": _read_stl,
 }

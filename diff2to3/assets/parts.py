@@ -22,11 +22,17 @@ def decode_srgb(encoded: np.ndarray) -> np.ndarray:
     return np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
 
 
+def encode_srgb(linear: np.ndarray) -> np.ndarray:
+    """Linear values in [0, 1] -> sRGB-encoded (IEC 61966-2-1)."""
+    return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """Triangles of one material in file coordinates; float64 positions [P, 3], integer faces [F, 3].
 
-    normals [P, 3], uvs float32 [P, 2] (v down) and colors float32 [P, 4] (linear) may each be None.
+    normals [P, 3], uvs float32 [P, 2] (v down) and colors float32 [P, 4] (linear) may each be None; emissive_uvs
+    float32 [P, 2] are those of the emissive texture where they differ.
     """
 
     positions: np.ndarray
@@ -35,6 +41,7 @@ class Part:
     normals: np.ndarray | None = None
     uvs: np.ndarray | None = None
     colors: np.ndarray | None = None
+    emissive_uvs: np.ndarray | None = None
 
 
 def assemble(parts: Sequence[Part], up: str, name: str, notes: Sequence[str] = ()) -> Mesh:
@@ -77,6 +84,7 @@ def assemble(parts: Sequence[Part], up: str, name: str, notes: Sequence[str] = (
         normals=_merge_normals(parts, rotation, used),
         uvs=_merge([part.uvs for part in parts], parts, 2, 0.0, used),
         colors=_merge([part.colors for part in parts], parts, 4, 1.0, used),
+        emissive_uvs=_merge_emissive_uvs(parts, used),
         transform=transform,
         name=name,
         notes=tuple(dict.fromkeys(notes)),
@@ -121,6 +129,13 @@ def _merge(
     ]
     merged = np.concatenate(whole)[used].astype(np.float32)
     return np.nan_to_num(merged, nan=fill, posinf=fill, neginf=fill)
+
+
+def _merge_emissive_uvs(parts: Sequence[Part], used: np.ndarray) -> np.ndarray | None:
+    if all(part.emissive_uvs is None for part in parts):
+        return None
+    own = [part.uvs if part.emissive_uvs is None else part.emissive_uvs for part in parts]
+    return _merge(own, parts, 2, 0.0, used)
 
 
 def _merge_normals(parts: Sequence[Part], rotation: np.ndarray, used: np.ndarray) -> np.ndarray | None:

@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import posixpath
 import urllib.parse
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from diff2to3.assets.limits import Limits
 from diff2to3.errors import InputError
 
-#: Reads a file that the asset names by a relative URI.
-Resolver = Callable[[str], bytes]
+#: Files and folders that are looked through for one that an asset names by a path that is not there.
+_MAX_LISTED = 20_000
+
+
+class Resolver(Protocol):
+    """The files that an asset may name."""
+
+    def __call__(self, uri: str) -> bytes:
+        """The file at a URI relative to the asset. InputError when it is missing or must not be read."""
+        ...
+
+    def find(self, path: str, folder: str = "") -> tuple[str, bytes]:
+        """As exporters write paths: see :meth:`FilesBeside.find`."""
+        ...
+
+
+class NoFiles:
+    """The resolver of bytes in memory, which can have no file beside them."""
+
+    def __call__(self, uri: str) -> bytes:
+        raise InputError(f"names the file {uri[:80]!r}, which in-memory data cannot have beside it")
+
+    def find(self, path: str, folder: str = "") -> tuple[str, bytes]:
+        return path, self(path)
 
 
 def safe_member(path: str) -> str:
@@ -52,16 +76,77 @@ class FileSource:
         """The file's bytes. InputError when missing, damaged, over ``limits`` or outside its container."""
         return _read(self.container, safe_member(self.member), limits)
 
-    def resolver(self, limits: Limits) -> Resolver:
-        """Reads URIs relative to this file, from the same folder or zip and nowhere else."""
+    def resolver(self, limits: Limits) -> FilesBeside:
+        """Reads what this file names, from the same folder or zip and nowhere else."""
+        return FilesBeside(self, limits)
 
-        def resolve(uri: str) -> bytes:
-            if "://" in uri:
-                raise InputError(f"the file names {uri[:80]!r}; only files beside it are read")
-            relative = posixpath.join(posixpath.dirname(self.member), urllib.parse.unquote(uri))
-            return _read(self.container, safe_member(relative), limits)
 
-        return resolve
+@dataclass(frozen=True)
+class FilesBeside:
+    """The files in the folder or zip of ``source``."""
+
+    source: FileSource
+    limits: Limits
+
+    def __call__(self, uri: str) -> bytes:
+        if "://" in uri:
+            raise InputError(f"the file names {uri[:80]!r}; only files beside it are read")
+        relative = posixpath.join(posixpath.dirname(self.source.member), urllib.parse.unquote(uri))
+        return _read(self.source.container, safe_member(relative), self.limits)
+
+    def find(self, path: str, folder: str = "") -> tuple[str, bytes]:
+        """(where it was found, its bytes) of a file that an exporter named, perhaps on another machine.
+
+        It is looked for relative to ``folder`` (of the file that names it, relative to the asset), then relative to
+        the asset, and then by its last name, in any case, in the asset's folder and below; of several, the one
+        whose folders agree best. Both are relative to the asset. InputError when there is none.
+        """
+        here = posixpath.dirname(self.source.member)
+        clean = path.strip().strip('"').replace("\\", "/")
+        for start in dict.fromkeys((folder, "")):
+            for name in dict.fromkeys((clean, urllib.parse.unquote(clean))):
+                try:
+                    member = safe_member(posixpath.join(here, start, name))
+                except InputError:
+                    continue
+                if self._holds(member):
+                    return posixpath.relpath(member, here or "."), self._read(member)
+        wanted = [part for part in clean.lower().split("/") if part not in ("", ".", "..")]
+        if wanted:
+            matches = [m for m in self._below(here) if posixpath.basename(m).lower() == wanted[-1]]
+            if matches:
+                best = min(matches, key=lambda m: (-_shared_end(m, wanted), m.count("/"), m))
+                return posixpath.relpath(best, here or "."), self._read(best)
+        raise InputError(f"no file {path[:80]!r} beside {self.source}")
+
+    def _read(self, member: str) -> bytes:
+        return _read(self.source.container, member, self.limits)
+
+    def _holds(self, member: str) -> bool:
+        if self.source.is_zipped:
+            return member in open_zip(self.source.container).NameToInfo
+        return os.path.isfile(os.path.join(self.source.container, member))
+
+    def _below(self, folder: str) -> Iterator[str]:
+        """Members in ``folder`` and below, at most so many."""
+        if self.source.is_zipped:
+            prefix = f"{folder}/" if folder else ""
+            yield from (n for n in open_zip(self.source.container).namelist() if n.startswith(prefix))
+            return
+        listed = 0
+        for root, folders, names in os.walk(os.path.join(self.source.container, folder)):
+            folders.sort()
+            for name in sorted(names):
+                yield Path(os.path.relpath(os.path.join(root, name), self.source.container)).as_posix()
+            listed += len(names) + len(folders)
+            if listed > _MAX_LISTED:
+                return
+
+
+def _shared_end(member: str, wanted: list[str]) -> int:
+    """How many of the last parts of two paths agree, in any case."""
+    pairs = zip(reversed(member.lower().split("/")), reversed(wanted), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _read(container: str, member: str, limits: Limits) -> bytes:

@@ -69,6 +69,8 @@ class BlenderRenderer:
         }
         arrays |= {"viewmats": viewmats.cpu().double().numpy(), "Ks": Ks.cpu().double().numpy()}
         optional = {"normals": mesh.normals, "uvs": mesh.uvs, "colors": mesh.colors}
+        optional["emissive_uvs"] = mesh.emissive_uvs
+        materials = [_material(material, folder, i) for i, material in enumerate(mesh.materials)]
         if not self._config.smooth:
             optional["normals"] = None
         arrays |= {key: array for key, array in optional.items() if array is not None}
@@ -79,7 +81,7 @@ class BlenderRenderer:
             "blender": dataclasses.asdict(self._config.blender),
             "has_colors": mesh.colors is not None,
             "lights": _lights(self._config.lighting),
-            "materials": [_material(material, folder, i) for i, material in enumerate(mesh.materials)],
+            "materials": [{**m, "has_emissive_uvs": mesh.emissive_uvs is not None} for m in materials],
             "max_layers": self._config.max_layers,
         }
 

@@ -22,6 +22,7 @@ PUBLISHED_LIGHTS = (
 )
 
 #: Not "color": Cycles has an attribute of its own by that name, which is black.
+EMISSIVE_LAYER = "emissive_uvs"
 COLOR_LAYER = "vertex_color"
 
 
@@ -106,10 +107,11 @@ def make_object(bpy: Any, scene: Any, arrays: dict[str, np.ndarray], materials: 
         mesh.materials.append(material)
     mesh.polygons.foreach_set("material_index", arrays["material_ids"].astype(np.int32))
     corners = faces.reshape(-1)
-    if "uvs" in arrays:
-        uvs = arrays["uvs"][corners].astype(np.float32)
-        uvs[:, 1] = 1 - uvs[:, 1]  # Blender's v points up
-        mesh.uv_layers.new(name="uv").data.foreach_set("uv", uvs.reshape(-1))
+    for layer in ("uvs", EMISSIVE_LAYER):  # textures read the first layer unless they name another
+        if layer in arrays:
+            uvs = arrays[layer][corners].astype(np.float32)
+            uvs[:, 1] = 1 - uvs[:, 1]  # Blender's v points up
+            mesh.uv_layers.new(name=layer).data.foreach_set("uv", uvs.reshape(-1))
     if "colors" in arrays:
         layer = mesh.color_attributes.new(COLOR_LAYER, "FLOAT_COLOR", "POINT")
         layer.data.foreach_set("color", arrays["colors"].astype(np.float32).reshape(-1))
@@ -187,6 +189,10 @@ def emissive_color(bpy: Any, tree: Any, spec: Any, folder: str) -> Any:
     if spec["emissive_texture"] is None:
         return factor.outputs[0]
     image = image_node(bpy, tree, spec["emissive_texture"], folder)
+    if spec["has_emissive_uvs"]:
+        coordinates = tree.nodes.new("ShaderNodeUVMap")
+        coordinates.uv_map = EMISSIVE_LAYER
+        tree.links.new(coordinates.outputs["UV"], image.inputs["Vector"])
     return multiply_colors(tree, factor.outputs[0], image.outputs["Color"])
 
 

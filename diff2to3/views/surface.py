@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from diff2to3.types import Material, Mesh, Texture
@@ -10,6 +12,14 @@ from diff2to3.views.textures import TexturePack
 _OPAQUE, _MASK, _BLEND = 0, 1, 2
 _ALPHA_CODES = {"OPAQUE": _OPAQUE, "MASK": _MASK, "BLEND": _BLEND}
 _NO_TEXTURE = -1
+
+
+class _Corners(NamedTuple):
+    """Texture coordinates of the corners of faces, float32 [F, 3, 2], and how many of their units lie along a unit
+    of length on the surface, float32 [F]."""
+
+    uvs: np.ndarray
+    density: np.ndarray
 
 
 class Surface:
@@ -58,20 +68,20 @@ class Surface:
         self._has_emissive_texture = bool((self._emissive_texture >= 0).any())
         #: Faces whose colour changes from point to point.
         self.varying = self.textured | (self.mesh.colors is not None)
-        self._uvs = None
+        self._uvs = self._emissive_uvs = None
         if textures:
-            uvs = (
-                self.mesh.uvs
-                if self.mesh.uvs is not None
-                else np.zeros((len(self.mesh.vertices), 2), np.float32)
-            )
-            self._uvs = uvs[self.mesh.faces]  # [F, 3, 2]
-            a, b, c = np.moveaxis(self._uvs.astype(np.float64), 1, 0)
-            uv_area = np.abs((b - a)[:, 0] * (c - a)[:, 1] - (b - a)[:, 1] * (c - a)[:, 0])
-            # Texels along a unit of length on the surface, of the base texture; the emissive one may differ.
-            density = np.sqrt(uv_area / np.maximum(self._doubled_area, 1e-38))
-            self._uv_density = np.maximum(density, 1e-12).astype(np.float32)
-            self._texel_density = self._uv_density * self._pack.mean_size(self._base_texture) * self.textured
+            none = np.zeros((len(self.mesh.vertices), 2), np.float32)
+            self._uvs = self._corners(none if self.mesh.uvs is None else self.mesh.uvs)
+            own = self.mesh.emissive_uvs
+            self._emissive_uvs = self._uvs if own is None else self._corners(own)
+            self._texel_density = self._uvs.density * self._pack.mean_size(self._base_texture) * self.textured
+
+    def _corners(self, uvs: np.ndarray) -> _Corners:
+        corners = uvs[self.mesh.faces]  # [F, 3, 2]
+        a, b, c = np.moveaxis(corners.astype(np.float64), 1, 0)
+        area = np.abs((b - a)[:, 0] * (c - a)[:, 1] - (b - a)[:, 1] * (c - a)[:, 0])
+        density = np.sqrt(area / np.maximum(self._doubled_area, 1e-38))
+        return _Corners(corners, np.maximum(density, 1e-12).astype(np.float32))
 
     def positions(self, faces: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         """float32 [n, 3]."""
@@ -100,7 +110,9 @@ class Surface:
             rows = np.flatnonzero(self.textured[faces])
             if len(rows):
                 f = faces[rows]
-                rgba[rows] *= self._read(self._base_texture[f], f, u[rows], v[rows], footprint[rows])
+                rgba[rows] *= self._read(
+                    self._base_texture[f], self._uvs, f, u[rows], v[rows], footprint[rows]
+                )
         rgba[:, 3] = self._opacity(faces, rgba[:, 3])
         return rgba
 
@@ -123,19 +135,25 @@ class Surface:
         rows = np.flatnonzero(self._emissive_texture[faces] >= 0)
         if len(rows):
             f = faces[rows]
-            light[rows] *= self._read(self._emissive_texture[f], f, u[rows], v[rows], footprint[rows])[:, :3]
+            texture = self._emissive_texture[f]
+            read = self._read(texture, self._emissive_uvs, f, u[rows], v[rows], footprint[rows])
+            light[rows] *= read[:, :3]
         return light
 
     def _read(
-        self, textures: np.ndarray, faces: np.ndarray, u: np.ndarray, v: np.ndarray, footprint: np.ndarray
+        self,
+        textures: np.ndarray,
+        where: _Corners | None,
+        faces: np.ndarray,
+        u: np.ndarray,
+        v: np.ndarray,
+        footprint: np.ndarray,
     ) -> np.ndarray:
-        assert self._uvs is not None
-        corners = self._uvs[faces]
+        assert where is not None
+        corners = where.uvs[faces]
         uvs = corners[:, 0] + u[:, None] * (corners[:, 1] - corners[:, 0])
         uvs += v[:, None] * (corners[:, 2] - corners[:, 0])
-        lods = np.log2(
-            np.maximum(footprint, 1e-20) * self._uv_density[faces] * self._pack.mean_size(textures)
-        )
+        lods = np.log2(np.maximum(footprint, 1e-20) * where.density[faces] * self._pack.mean_size(textures))
         return self._pack.sample(textures, uvs, lods)
 
     def _opacity(self, faces: np.ndarray, alpha: np.ndarray) -> np.ndarray:

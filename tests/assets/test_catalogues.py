@@ -331,8 +331,8 @@ def test_fetch_reports_failures(tmp_path, capsys):
 
 def test_all_fixtures_are_listed(shared: Path):
     catalogue = open_catalogue(shared / "assets")
-    assert len(catalogue) == 1520
-    assert {split: len(AssetFilter(splits=[split]).apply(catalogue)) for split in ("train", "val")} == {
-        "train": 1403,
-        "val": 117,
-    }
+    lines = (shared / "assets" / "manifest.jsonl").read_text().splitlines()
+    splits = [json.loads(line)["split"] for line in lines]
+    assert len(catalogue) == len(lines) > 1000
+    for split in ("train", "val"):
+        assert len(AssetFilter(splits=[split]).apply(catalogue)) == splits.count(split) > 100
