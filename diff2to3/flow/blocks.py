@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diff2to3.nn.attention import AttentionHooks, apply_rotary, attention
+from diff2to3.nn.items import spread_by_item
 from diff2to3.nn.streams import JointPlan, pack_streams, unpack_streams
 from diff2to3.nn.transformer import FeedForward, HeadRMSNorm, LayerNorm, modulate, modulation
 
@@ -30,7 +31,7 @@ class Rows:
 
     def spread(self, values: Tensor) -> Tensor:
         """[B, C] to [T, C]; [1, C], which broadcasts, for a batch of one."""
-        return values if self.index is None else values.index_select(0, self.index)
+        return spread_by_item(values, self.index)
 
 
 @dataclass(frozen=True)

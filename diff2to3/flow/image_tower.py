@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diff2to3.flow.tokens import ImageTokens
+from diff2to3.nn.items import sum_by_item
 from diff2to3.nn.sequences import SequencePlan
 from diff2to3.nn.transformer import TransformerBlock, final_norm
 
@@ -116,11 +117,6 @@ def mean_by_part(tokens: Tensor, image: ImageTokens) -> Tensor:
     lengths = image.cu_seqlens.diff().long()
     item = torch.repeat_interleave(torch.arange(image.batch_size, device=tokens.device), lengths)
     part = (item * PARTS + rows) * PARTS + columns
-    precise = torch.promote_types(tokens.dtype, torch.float32)
-    sums = tokens.new_zeros(image.batch_size * PARTS**2, tokens.shape[1], dtype=precise)
+    sums = sum_by_item(tokens, part, image.batch_size * PARTS**2)
     counts = torch.bincount(part, minlength=len(sums)).clamp(min=1)
-    return (
-        (sums.index_add(0, part, tokens.to(precise)) / counts[:, None])
-        .unflatten(0, (-1, PARTS**2))
-        .flatten(1)
-    )
+    return (sums / counts[:, None]).unflatten(0, (-1, PARTS**2)).flatten(1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diff2to3.nn.sequences import mean_by_item
+from diff2to3.nn.items import mean_by_item
 
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
 

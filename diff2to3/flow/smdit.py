@@ -27,8 +27,8 @@ from diff2to3.flow.pyramid import Level, ascend, build_levels, descend, input_bl
 from diff2to3.flow.tokens import ImageTokens, boundaries
 from diff2to3.nn.attention import AttentionHooks
 from diff2to3.nn.embeddings import TimestepEmbedder, absolute_position_embedding
+from diff2to3.nn.items import mean_row_by_item
 from diff2to3.nn.precision import cast_torso, torso_dtype
-from diff2to3.nn.sequences import mean_row_by_item
 from diff2to3.nn.streams import JointPlan, pack_streams, unpack_streams
 from diff2to3.nn.transformer import final_norm, modulation, xavier_linears, zero_parameters
 from diff2to3.types import SparseVoxels

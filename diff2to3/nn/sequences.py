@@ -192,19 +192,6 @@ def lengths_from_cu_seqlens(cu_seqlens: Tensor, name: str) -> tuple[int, ...]:
     return lengths
 
 
-def mean_row_by_item(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Mean of each item's rows: packed [N, C] → [B, C]; 0 for an item without rows."""
-    lengths = cu_seqlens.diff().long()
-    item = torch.repeat_interleave(torch.arange(len(lengths), device=rows.device), lengths)
-    sums = rows.new_zeros(len(lengths), rows.shape[1]).index_add(0, item, rows)
-    return sums / lengths.clamp(min=1)[:, None]
-
-
-def mean_by_item(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Mean over the numbers of each item's rows: packed [N, C] → [B]; 0 for an item without rows."""
-    return mean_row_by_item(rows.mean(1, keepdim=True), cu_seqlens)[:, 0]
-
-
 def cumulative(lengths: Sequence[int]) -> np.ndarray:
     """[0, n_0, n_0 + n_1, …]"""
     return np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]).astype(np.int64)

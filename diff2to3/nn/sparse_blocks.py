@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from diff2to3.kernels.neighbors import NeighborPlan
 from diff2to3.kernels.patchify import PatchPlan, patchify, unpatchify
+from diff2to3.nn.items import spread_by_item
 from diff2to3.nn.sparse_conv import SubmanifoldConv3d
-from diff2to3.nn.transformer import LayerNorm, modulate, per_token
+from diff2to3.nn.transformer import LayerNorm, modulate
 
 
 class Convolution(nn.Module):
@@ -71,7 +72,7 @@ class SparseResBlock(nn.Module):
     ) -> Tensor:
         """x [N, C] → [M, C'], where ``neighbors`` and ``batch_index`` are those of the M output voxels.
 
-        time [B, time_width]; batch_index as in :func:`diff2to3.nn.transformer.per_token`.
+        time [B, time_width]; batch_index as in :func:`diff2to3.nn.items.spread_by_item`.
         """
         if self.resample is not None:
             if patches is None:
@@ -82,7 +83,7 @@ class SparseResBlock(nn.Module):
         if self.emb_layers is not None:
             if time is None:
                 raise ValueError("time: this block is modulated by time, so it needs an embedding")
-            scale, shift = per_token(self.emb_layers(time), batch_index).chunk(2, -1)
+            scale, shift = spread_by_item(self.emb_layers(time), batch_index).chunk(2, -1)
             h = modulate(h, shift, scale)
         h = self.conv2(F.silu(h), neighbors)
         return h + self.skip_connection(x)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diff2to3.nn.attention import AttentionHooks, Plan, attention, rms_norm_heads
+from diff2to3.nn.items import spread_by_item
 
 
 class LayerNorm(nn.LayerNorm):
@@ -162,7 +163,7 @@ class ModulatedCrossBlock(nn.Module):
         batch_index [T] says whose time a token takes; None where all take the same (B = 1).
         """
         parts = time if self.share_modulation else self.adaLN_modulation(time)
-        shift1, scale1, gate1, shift2, scale2, gate2 = per_token(parts, batch_index).chunk(6, -1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = spread_by_item(parts, batch_index).chunk(6, -1)
         h = modulate(self.norm1(x), shift1, scale1)
         x = x + gate1 * self.self_attn(h, self_plan)
         x = x + self.cross_attn(self.norm2(x), context, cross_plan, cross_hooks)
@@ -179,11 +180,6 @@ def modulation(width: int, num_parts: int) -> nn.Sequential:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
-
-
-def per_token(values: Tensor, batch_index: Tensor | None) -> Tensor:
-    """[B, C] to [T, C] by batch item; None (B = 1) leaves [1, C], which broadcasts."""
-    return values if batch_index is None else values[batch_index]
 
 
 def xavier_linears(module: nn.Module) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diff2to3.nn.sequences import mean_by_item
+from diff2to3.nn.items import mean_by_item
 from diff2to3.types import Gaussians
 from diff2to3.vae.posterior import Posterior
 
