@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "make 3D Gaussian assets from photos or texts",
     "reconstruct": "turn a 3D model into 3D Gaussians through the autoencoder",
     "render": "render a 3D Gaussian file from around it: a sheet, a GIF or a film",
+    "serve": "a web app and an API on this machine: photos in, assets out",
     "view": "show a 3D Gaussian file in the browser: a page that is one file",
     "models": "list the public models, their sizes and licences; check a bundle",
 }

@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 
 from diff2to3 import __version__
 from diff2to3.errors import InputError, MissingDependencyError
@@ -188,13 +187,9 @@ def draw(path: Path, result: Result) -> None:
 
 def result_page(result: Result, name: str, note: Mapping[str, Any]) -> str:
     """The page that shows a result (:func:`diff2to3.web.viewer.viewer_page`), with what the model saw beside it."""
-    from diff2to3.web.viewer import viewer_page
+    from diff2to3.web.viewer import home_of, seen_picture, viewer_page
 
-    photo = None
-    if result.photos:
-        pixels = (result.photos[0].picture.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8)
-        photo = Image.fromarray(pixels.cpu().numpy())
-    return viewer_page(result.gaussians, name, photo=photo, note=note)
+    return viewer_page(result.gaussians, name, photo=seen_picture(result), home=home_of(result), note=note)
 
 
 def sync(path: Path) -> None:

@@ -9,9 +9,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -20,6 +21,9 @@ from diff2to3.gaussians.ply import CONVENTIONS
 from diff2to3.gaussians.render import EPS2D
 from diff2to3.types import Gaussians
 from diff2to3.web.payload import pack
+
+if TYPE_CHECKING:
+    from diff2to3.pipeline.image_to_3d import Result
 
 #: Longest side of the photo inside the page.
 PHOTO_SIDE = 512
@@ -60,6 +64,19 @@ def home_from_camera(viewmat: Tensor, fov_degrees: float) -> Home:
     distance = float(np.linalg.norm(eye))
     elevation = math.degrees(math.asin(max(-1.0, min(1.0, eye[2] / distance))))
     return Home(math.degrees(math.atan2(eye[1], eye[0])), elevation, distance, float(fov_degrees))
+
+
+def home_of(result: Result) -> Home:
+    """Where the camera starts that shows a result."""
+    return home_for(result.gaussians)
+
+
+def seen_picture(result: Result) -> Image.Image | None:
+    """What the model saw."""
+    if not result.photos:
+        return None
+    pixels = (result.photos[0].picture.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.cpu().numpy())
 
 
 def viewer_page(

@@ -28,7 +28,7 @@ class Stage {
     new ResizeObserver(() => this.touch()).observe(canvas);
     canvas.addEventListener("webglcontextlost", (event) => {
       event.preventDefault();
-      onFault("The graphics system stopped the page. Reload it.");
+      if (canvas.isConnected) onFault("The graphics system stopped the page. Reload it.");
     });
   }
 
@@ -63,7 +63,11 @@ class Stage {
     this.frameAt = now;
     if (this.turntable) {
       this.orbit.azimuth += Math.min(now - before, 100) * 0.03;
-      for (const other of this.linked) other.orbit.azimuth = this.orbit.azimuth;
+      for (const other of this.linked) {
+        other.orbit.azimuth = this.orbit.azimuth;
+        other.movedAt = now;
+        other.request();
+      }
     }
     if (moving && this.wasMoving) this.adapt(now - before);
     this.wasMoving = moving;
@@ -72,6 +76,7 @@ class Stage {
     if (!this.gaussians || !this.canvas.clientWidth) return;
     this.view.draw(camera);
     this.frames = (this.frames ?? 0) + 1;
+    if (this.view.count) this.canvas.dataset.drawn = "";  // for style sheets, and for tests
     // a sort that is under way asks for a frame when it ends, which sorts for the camera of that moment
     if (!this.view.sorting)
       this.view.sort(camera).then((fresh) => fresh && this.request(), (error) => this.onFault(String(error)));

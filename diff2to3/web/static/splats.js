@@ -323,6 +323,13 @@ class SplatView {
     gl.drawElementsInstanced(gl.TRIANGLES, 6 * BATCH, gl.UNSIGNED_SHORT, 0, Math.ceil(this.count / BATCH));
   }
 
+  // Give the graphics memory back; nothing is drawn afterwards.
+  close() {
+    this.worker?.close();
+    this.count = 0;
+    this.gl.getExtension("WEBGL_lose_context")?.loseContext();
+  }
+
   // Sort for a camera unless that is what was sorted for last; one sort at a time. True if the order is new.
   async sort(camera) {
     const row = camera.turn.slice(6);
