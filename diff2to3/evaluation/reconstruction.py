@@ -20,18 +20,15 @@ from torch import Tensor
 from diff2to3.assets import AssetRecord, load_asset
 from diff2to3.checkpoint import MODEL_FILE, file_sha256, read_bundle
 from diff2to3.evaluation.protocol import Protocol
-from diff2to3.evaluation.scores import pair_values
 from diff2to3.files import write_atomic
-from diff2to3.gaussians.render import EPS2D, render
+from diff2to3.gaussians.render import EPS2D, render_pictures
 from diff2to3.metrics.geometry import voxel_iou
 from diff2to3.metrics.lpips import Lpips
+from diff2to3.metrics.pairs import pair_values
 from diff2to3.pipeline.reconstruct import Reconstruction, ReconstructionSettings, Reconstructor
 from diff2to3.pipeline.sources import Source
 from diff2to3.types import Gaussians, Views
 from diff2to3.views import CameraConfig, RenderConfig, make_renderer
-
-#: Views that are rendered at once, so that memory does not grow with their number.
-BATCH = 4
 
 
 def scores(
@@ -50,17 +47,12 @@ def scores(
     return pair_values(images, targets, truth.alphas.to(images), lpips, ssim_border)
 
 
-@torch.no_grad()
 def pictures(
     gaussians: Gaussians, views: Views, background: float = 1.0, screen_filter: float = EPS2D
 ) -> Tensor:
     """Gaussians from the cameras of ``views``: [V, H, W, 3] in [0, 1]."""
-    device, parts = gaussians.means.device, []
-    for viewmats, Ks in zip(views.viewmats.split(BATCH), views.Ks.split(BATCH), strict=True):
-        cameras = viewmats.to(device), Ks.to(device), views.width, views.height
-        parts.append(render(gaussians, *cameras, background=background, eps2d=screen_filter).colors)
-    # Colours from spherical harmonics may exceed 1; a picture file would clip them.
-    return torch.cat(parts).clamp(0, 1)
+    cameras = views.viewmats, views.Ks, views.width, views.height
+    return render_pictures(gaussians, *cameras, background=background, eps2d=screen_filter)[0]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from diff2to3.evaluation.protocol import Protocol
 from diff2to3.evaluation.sources import ImageSource, MeshSource, Pictures, Source, Subject
 from diff2to3.metrics.features import FeatureExtractor, build_extractor, cosine_scores
 from diff2to3.metrics.geometry import sample_surface, surface_distance, voxel_iou
-from diff2to3.metrics.image import ciede2000, foreground_psnr, psnr, ssim
 from diff2to3.metrics.lpips import Lpips
+from diff2to3.metrics.pairs import mean_of_views, pair_values
 from diff2to3.voxels.voxelise import voxelise
 
 #: Extractors whose features are kept for FD and KD.
@@ -126,33 +126,11 @@ class Scorer:
             found = extractor(ours.images)
             if name == "clip":
                 photo = extractor(subject.photo_pictures.images)
-                values["clip_views"] = _mean(cosine_scores(found, photo))
+                values["clip_views"] = mean_of_views(cosine_scores(found, photo))
                 if isinstance(method, ImageSource) and not method.has_photo(subject.id):
                     continue
                 again = method.pictures(subject, self.rules.photo_of(subject.id), photo=True)
-                values["clip"] = _mean(cosine_scores(extractor(again.images), photo))
+                values["clip"] = mean_of_views(cosine_scores(extractor(again.images), photo))
             else:
                 features[name] = (found.cpu(), extractor(theirs.images).cpu())
         return AssetScore(values, features)
-
-
-@torch.no_grad()
-def pair_values(
-    images: Tensor, targets: Tensor, alphas: Tensor | None, lpips: Lpips | None, ssim_border: str = "same"
-) -> dict[str, float]:
-    """Numbers between pictures [V, H, W, 3] of one object, means over views. ``alphas`` [V, H, W] of the truth say what
-    the foreground is: where the object covers a pixel by more than half.
-    """
-    values = {"psnr": psnr(images, targets), "ssim": ssim(images, targets, ssim_border)}
-    if lpips is not None:
-        pairs = zip(images.float().split(2), targets.float().split(2), strict=True)
-        values["lpips"] = torch.cat([lpips(a, b) for a, b in pairs])  # VGG at 512 takes 0.4 GB a view
-    if alphas is not None:
-        values["psnr_foreground"] = foreground_psnr(images, targets, alphas > 0.5)
-        values["ciede2000"] = ciede2000(images, targets, alphas > 0.5)
-    return {name: _mean(v) for name, v in values.items()}
-
-
-def _mean(values: Tensor) -> float:
-    """Over views, leaving out those where the metric is not defined (NaN); NaN where none is left."""
-    return float(values.double().nanmean())

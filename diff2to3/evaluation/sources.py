@@ -32,14 +32,12 @@ from diff2to3.errors import InputError
 from diff2to3.evaluation.protocol import Cameras
 from diff2to3.evaluation.protocol import Protocol as Rules
 from diff2to3.gaussians.ply import read_ply
-from diff2to3.gaussians.render import render
+from diff2to3.gaussians.render import render_pictures
 from diff2to3.types import Gaussians, Mesh, Views
 from diff2to3.views import make_renderer
 
 KINDS = ("ply", "ply-yup", "images", "assets", "call", "model")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-#: Views that are rendered at once, so that memory does not grow with their number.
-BATCH = 4
 _SAMPLED = 1 << 16
 
 
@@ -149,14 +147,11 @@ def render_gaussians(
     """Gaussians from cameras, over the protocol's background, with opacity compensation."""
     g = gaussians.to(subject.device, torch.float32)
     background = torch.tensor(subject.rules.background, device=subject.device)
-    size, parts = cameras.resolution, []
-    for viewmats, Ks in zip(cameras.viewmats.split(BATCH), cameras.Ks.split(BATCH), strict=True):
-        views = viewmats.to(subject.device), Ks.to(subject.device), size, size
-        with torch.no_grad():
-            parts.append(render(g, *views, background=background, eps2d=screen_filter))
-    # Colours from spherical harmonics may exceed 1; a picture file would clip them.
-    images = torch.cat([p.colors for p in parts]).clamp(0, 1)
-    return Pictures(images, torch.cat([p.alphas for p in parts]).clamp(0, 1), gaussians)
+    size = cameras.resolution
+    shown = render_pictures(
+        g, cameras.viewmats, cameras.Ks, size, size, background=background, eps2d=screen_filter
+    )
+    return Pictures(*shown, gaussians)
 
 
 class ImageSource:

@@ -10,6 +10,8 @@ from diff2to3.types import Gaussians
 
 #: Variance in px² of the screen filter that 2to3-VAE and TRELLIS train with; opacities are compensated for it.
 EPS2D = 0.1
+#: Views that :func:`render_pictures` renders at once, so that memory does not grow with their number.
+BATCH = 4
 
 
 def render(
@@ -50,6 +52,31 @@ def render(
         antialiased=antialiased,
         backend=backend,
     )
+
+
+@torch.no_grad()
+def render_pictures(
+    gaussians: Gaussians,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    *,
+    background: Tensor | float = 1.0,
+    eps2d: float = EPS2D,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`render`, a few views at a time and as a picture file would hold them.
+
+    Returns:
+        images [V, H, W, 3] over ``background`` and alphas [V, H, W], both clipped to [0, 1] (colours from spherical
+        harmonics may exceed 1), on the device of ``gaussians``.
+    """
+    device, parts = gaussians.means.device, []
+    for some_viewmats, some_Ks in zip(viewmats.split(BATCH), Ks.split(BATCH), strict=True):
+        cameras = some_viewmats.to(device), some_Ks.to(device), width, height
+        parts.append(render(gaussians, *cameras, background=background, eps2d=eps2d))
+    images, alphas = torch.cat([p.colors for p in parts]), torch.cat([p.alphas for p in parts])
+    return images.clamp(0, 1), alphas.clamp(0, 1)
 
 
 def to_uint8(colors: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ gives.
 
     image.py         PSNR, PSNR of the foreground, SSIM, CIEDE2000      a number a view
     lpips.py         LPIPS                                              a number a view; differentiable
+    pairs.py         the above between two sets of pictures             means over views
     features.py      Inception-v3, DINOv2 and CLIP features             [N, C], weights recorded by hash
     distribution.py  FD and KD between sets of features                 streaming
     geometry.py      voxel IoU, Chamfer distance, F-score               between point sets and voxel grids

@@ -16,8 +16,9 @@ from diff2to3.config import MISSING, config_to_dict
 from diff2to3.data.loader import Batch, LoaderConfig, TrainLoader
 from diff2to3.data.store import AssetStore, feature_stage
 from diff2to3.errors import InputError
-from diff2to3.evaluation.reconstruction import pictures, scores
+from diff2to3.gaussians.render import render_pictures
 from diff2to3.metrics.lpips import Lpips
+from diff2to3.metrics.pairs import pair_values
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.vae_objective import VaeLossConfig, VaeObjective
@@ -189,7 +190,7 @@ class VaeTask:
         for asset in assets[:: max(1, len(assets) // 8)][:8]:
             gaussians = self.reconstruct(objective, store.features(asset, self.config.data.loader.features))
             views = store.views(asset, self.config.data.view_set, [0, 1]).to(gaussians.means.device)
-            pairs = torch.stack([views.composite(1.0), pictures(gaussians, views)], 1).flatten(0, 1)
+            pairs = torch.stack([views.composite(1.0), on_white(gaussians, views)], 1).flatten(0, 1)
             rows.append(torch.cat(list(pairs), 1))
         return {"reconstructions": torch.cat(rows, 0)} if rows else {}
 
@@ -203,7 +204,7 @@ class VaeTask:
             stored = store.open(asset, f"views_{self.config.data.view_set}")
             every = max(1, int(stored.info["num_views"]) // 4)
             views = stored.views(range(0, int(stored.info["num_views"]), every)).to(gaussians.means.device)
-            found = scores(gaussians, views)
+            found = pair_values(on_white(gaussians, views), views.composite(1.0), views.alphas, None)
             for name, of_assets in values.items():
                 of_assets.append(found[name])
         return {name: sum(of_assets) / len(of_assets) for name, of_assets in values.items() if of_assets}
@@ -259,3 +260,8 @@ class VaeTask:
                 settings.pop(key, None)
             features.append(settings)
         return {"features": features, "views": views}
+
+
+def on_white(gaussians: Gaussians, views: Views) -> Tensor:
+    """Pictures of ``gaussians`` from the cameras of ``views``: [V, H, W, 3]."""
+    return render_pictures(gaussians, views.viewmats, views.Ks, views.width, views.height)[0]
