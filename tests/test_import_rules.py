@@ -20,6 +20,7 @@ LAYERS: dict[str, set[str]] = {
     "types": set(),
     "errors": set(),
     "files": {"errors"},
+    "worker": {"errors"},
     "kernels": set(),
     "blender": {"types", "errors", "files"},
     "nn": {"kernels", "types", "errors", "files"},

@@ -9,7 +9,7 @@ from diff2to3.assets.catalogue import (
     open_catalogue,
     read_ids,
 )
-from diff2to3.assets.limits import LimitedWorker, Limits, WorkerError, run_limited
+from diff2to3.assets.limits import Limits
 from diff2to3.assets.load import load_mesh
 from diff2to3.assets.source import FileSource
 
@@ -19,12 +19,9 @@ __all__ = [
     "Catalogue",
     "FetchOptions",
     "FileSource",
-    "LimitedWorker",
     "Limits",
-    "WorkerError",
     "load_asset",
     "load_mesh",
     "open_catalogue",
     "read_ids",
-    "run_limited",
 ]

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import torch
 
-from diff2to3.assets.limits import LimitedWorker, WorkerError
 from diff2to3.data.plan import PlannedAsset
 from diff2to3.errors import InputError, MissingDependencyError
+from diff2to3.worker import LimitedWorker, WorkerError, WorkerKilled
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,16 @@ class Slot:
         limits = (work.seconds, work.memory_bytes)
         if self.worker is None or self.limits != limits:
             self.close()
-            self.worker, self.limits = LimitedWorker(*limits), limits
+            self.worker, self.limits = LimitedWorker(*limits, preload=("diff2to3.assets.load",)), limits
         reason = ""
         for _ in range(self.TRIES):
             try:
                 return self.worker.run(work.run, work.context, task, self.number)
+            except WorkerKilled as error:
+                reason = str(error)
             except InputError as error:
                 reason = str(error)
-                if "killed by" not in reason and "exit code" not in reason:
-                    break
+                break
             except WorkerError as error:
                 last_line = str(error).strip().splitlines()[-1]
                 return Outcome(task, {}, fatal=last_line, traceback=str(error))

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from diff2to3.assets.limits import LimitedWorker, WorkerError
 from diff2to3.errors import InputError
 from diff2to3.evaluation.runs import RunFolder
+from diff2to3.worker import LimitedWorker, WorkerError
 
 #: (shared context, item) -> plain values. A module-level function: it is sent to the children by name.
 Function = Callable[[Any, Any], dict[str, Any]]
@@ -120,7 +120,7 @@ def _outcomes(
 
     def serve() -> None:
         try:
-            with LimitedWorker(seconds) as worker:
+            with LimitedWorker(seconds, preload=("diff2to3.assets.load",)) as worker:
                 while not stopped.is_set():
                     name, item = waiting.get_nowait()
                     finished.put(_attempt(worker, function, context, name, item, threads))
