@@ -1,16 +1,9 @@
 """3D files in: catalogues of assets, and loading one as a :class:`diff2to3.types.Mesh`."""
 
-from diff2to3.assets.catalogue import (
-    AssetFilter,
-    AssetRecord,
-    Catalogue,
-    FetchOptions,
-    load_asset,
-    open_catalogue,
-    read_ids,
-)
+from diff2to3.assets.catalogue import AssetFilter, load_asset, open_catalogue, read_ids
 from diff2to3.assets.limits import Limits
 from diff2to3.assets.load import load_mesh
+from diff2to3.assets.records import AssetRecord, Catalogue, FetchOptions
 from diff2to3.assets.source import FileSource
 
 __all__ = [

@@ -31,8 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diff2to3.assets.catalogue import AssetRecord, Catalogue, FetchOptions, Outcome, RecordList
 from diff2to3.assets.limits import Limits
+from diff2to3.assets.records import AssetRecord, Catalogue, FetchOptions, Outcome, RecordList
 from diff2to3.assets.source import FileSource, open_zip, safe_member
 from diff2to3.blender import run_script
 from diff2to3.errors import InputError, MissingDependencyError

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-from diff2to3.assets.catalogue import AssetFilter, Catalogue, load_asset, open_catalogue, read_ids
+from diff2to3.assets.catalogue import AssetFilter, load_asset, open_catalogue, read_ids
 from diff2to3.assets.limits import Limits
+from diff2to3.assets.records import Catalogue
 from diff2to3.data.schema import DataConfig
 from diff2to3.data.variants import derive, derived, original
 from diff2to3.errors import InputError

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diff2to3.assets import AssetRecord, FileSource, open_catalogue, read_ids
-from diff2to3.assets.catalogue import MANIFEST_NAME, Catalogue, LocalCatalogue
+from diff2to3.assets.catalogue import MANIFEST_NAME, LocalCatalogue
+from diff2to3.assets.records import Catalogue
 from diff2to3.assets.source import open_zip
 from diff2to3.errors import InputError
 

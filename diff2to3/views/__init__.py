@@ -9,7 +9,8 @@ from diff2to3.views.cameras import (
     sample_cameras,
 )
 from diff2to3.views.config import BlenderConfig, LightingConfig, RenderConfig
-from diff2to3.views.render import MeshRenderer, RenderedViews, make_renderer, render_views
+from diff2to3.views.render import make_renderer, render_views
+from diff2to3.views.rendered import MeshRenderer, RenderedViews
 
 __all__ = [
     "CAMERA_SETS",

@@ -19,7 +19,7 @@ from diff2to3.blender import run_script
 from diff2to3.errors import InputError
 from diff2to3.types import Material, Mesh, Texture
 from diff2to3.views.config import LightingConfig, RenderConfig
-from diff2to3.views.render import RaycastRenderer, RenderedViews, check_cameras
+from diff2to3.views.rendered import RaycastRenderer, RenderedViews, check_cameras
 
 _SCRIPT = Path(__file__).with_name("blender_script.py")
 

@@ -17,7 +17,7 @@ from diff2to3.errors import MissingDependencyError
 from diff2to3.types import Mesh
 from diff2to3.views.config import RenderConfig
 from diff2to3.views.raycast import Hits
-from diff2to3.views.render import RaycastRenderer
+from diff2to3.views.rendered import RaycastRenderer
 from diff2to3.views.tracer import Camera, Frames, Tile, Tracer
 
 _NEAR = 1e-2
