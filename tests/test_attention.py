@@ -416,6 +416,39 @@ def test_packed_kernels_get_their_sequences(monkeypatch):
         )
 
 
+def varlen_of_torch(takes_scale):
+    """torch.nn.attention.varlen.varlen_attn as torch 2.10 has it, and with the scale of later ones."""
+
+    def old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        return new(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+
+    def new(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None):
+        bounds = zip(*(itertools.pairwise(cu.tolist()) for cu in (cu_seq_q, cu_seq_k)), strict=True)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        parts = []
+        for (q0, q1), (k0, k1) in bounds:
+            assert q1 - q0 <= max_q and k1 - k0 <= max_k
+            logits = scale * torch.einsum("qhd,khd->hqk", query[q0:q1], key[k0:k1])
+            parts.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), value[k0:k1]))
+        return torch.cat(parts)
+
+    return new if takes_scale else old
+
+
+@pytest.mark.parametrize("takes_scale", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.1])
+def test_varlen_of_every_torch(takes_scale, scale, monkeypatch):
+    """torch 2.10's has no ``scale``; queries are scaled instead."""
+    monkeypatch.setattr(attention_module, "torch_varlen", lambda: varlen_of_torch(takes_scale))
+    monkeypatch.setattr(attention_module, "need_half_on_cuda", lambda q, backend: None)
+    plan = SequencePlan.from_lengths([3, 4, 5], [2, 5, 6])
+    check_with_gradients(
+        lambda q, k, v: attention(q, k, v, plan, scale=scale, backend="varlen"),
+        lambda q, k, v: attention(q, k, v, plan, scale=scale, backend="sdpa"),
+        random_qkv(12, 13),
+    )
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "varlen"])

@@ -95,7 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--offline", action="store_true", help="open no connection; use what is here")
     model.add_argument("--device", help="cuda, cpu or mps (default: the best there is)")
     model.add_argument(
-        "--dtype", choices=tuple(DTYPES), help="of the large layers (default: as released on a GPU)"
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="of the large layers (default on a GPU: as released; bfloat16 for flows of our own)",
     )
     model.add_argument("--low-vram", action="store_true", help="keep networks on the CPU between stages")
 

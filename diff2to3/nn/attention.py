@@ -18,6 +18,7 @@ Plans are built once and shared by all layers. Backends:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -245,9 +246,14 @@ def torch_kernel(q: Tensor) -> Kernel:
         raise MissingDependencyError("torch.nn.attention.varlen", hint='pip install "torch>=2.10"')
     need_half_on_cuda(q, "varlen")
 
+    takes_scale = "scale" in inspect.signature(function).parameters  # torch 2.10 has 1/√D only
+
     def kernel(q: Tensor, k: Tensor, v: Tensor, plan: SequencePlan, scale: float) -> Tensor:
-        s = plan.varlen
-        out: Tensor = function(q, k, v, s.cu_q, s.cu_k, max(s.lengths_q), max(s.lengths_k), scale=scale)
+        s, usual = plan.varlen, q.shape[-1] ** -0.5
+        options = {} if scale == usual else {"scale": scale}
+        if options and not takes_scale:
+            q, options = q * (scale / usual), {}
+        out: Tensor = function(q, k, v, s.cu_q, s.cu_k, max(s.lengths_q), max(s.lengths_k), **options)
         return out
 
     return kernel

@@ -64,6 +64,8 @@ ROLES: dict[str, tuple[type, ...]] = {
     "latent_flow": (LatentDiT, LatentSMDiT),
     "decoder": (Decoder,),
 }
+#: What is sampled.
+FLOWS = (*ROLES["structure_flow"], *ROLES["latent_flow"])
 #: TRELLIS's condition picture.
 TRELLIS_FRAMING = Framing(size=518, margin=1.2, background=0.0)
 
@@ -93,7 +95,8 @@ def load_model(
     Args:
         source: an embedded model ("mini"), a folder with ``model.json`` (ours) or ``pipeline.json`` (TRELLIS's), or
             a hub repository.
-        dtype: of the networks' torsos; None: float16 on a GPU where it was released so, else float32.
+        dtype: of the networks' torsos; None: float32 on a CPU; on a GPU as released where that is float16, bfloat16
+            for flows of our own (from compute capability 8.0), else float32.
         offline: never open a connection.
         image_encoder: a local folder or hub repository of the condition encoder (DINOv2 or CLIP), in place of the
             published one. Without it, a folder of the encoder's name within ``source`` is preferred.
@@ -333,12 +336,22 @@ def fill(build: Callable[[], nn.Module], path: Path, half: bool, options: Option
     """Build without initialising, choose the torso's dtype, and load the weights."""
     with torch.device("meta"), WithoutNormalStart():
         network = build()
-    gpu = options.device.type != "cpu"
-    dtype = options.dtype or (torch.float16 if half and gpu else torch.float32)
+    dtype = options.dtype or usual_dtype(isinstance(network, FLOWS), half, options.device)
     if hasattr(network, "cast_torso"):  # small encoders stay in float32
         network.cast_torso(dtype)  # type: ignore[operator]
     load_strictly(network, read_tensors(path), path)
     return network
+
+
+def usual_dtype(flow: bool, half: bool, device: torch.device) -> torch.dtype:
+    """Of a torso; ``half``: it was released in float16. Flows are trained under bfloat16's autocast and sampled in
+    it; decoders, whose parameters become an asset, stay in float32.
+    """
+    if half and device.type != "cpu":
+        return torch.float16
+    if flow and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float32
 
 
 def load_conditioner(kind: str, name: str, place: Source, options: Options) -> nn.Module:

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from pipeline_helpers import NAMES, difference
 
+from diff2to3.checkpoint import read_bundle
 from diff2to3.errors import InputError
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.pipeline import ImageTo3D, StageSettings
 from diff2to3.pipeline.denoise import Conditions
 from diff2to3.pipeline.image_to_3d import some_voxels
-from diff2to3.pipeline.load import load_model
+from diff2to3.pipeline.load import Options, load_bundle_network, load_model
 from diff2to3.pipeline.prune import shown
 from diff2to3.types import SparseVoxels
 
@@ -389,3 +390,33 @@ def test_stage_1_s_own_encoder_has_to_fit(tiny, tmp_path):
     (folder / "model.json").write_text(json.dumps(info))
     with pytest.raises(InputError, match="channels"):
         ImageTo3D.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "expected"),
+    [
+        ("cuda", (9, 0), torch.bfloat16),
+        ("cuda", (8, 0), torch.bfloat16),
+        ("cuda", (7, 5), torch.float32),
+        ("cpu", None, torch.float32),
+    ],
+)
+def test_flows_of_our_own_are_sampled_in_bfloat16_where_a_gpu_has_it(
+    bundles, device, capability, expected, monkeypatch
+):
+    """Only flows, and only their torsos; a dtype that is asked for is taken."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    folder = bundles["smdit"]
+    info = read_bundle(folder)
+    for asked in (None, torch.float16):
+        options = Options(torch.device(device), asked, True, None, False)
+        for name in ("structure_flow", "latent_flow", "decoder"):
+            network = load_bundle_network(folder, info, name, options)
+            flow = expected if name != "decoder" else torch.float32
+            assert network.torso_dtype == (asked or flow), name
+            assert network.input_layer.weight.dtype == torch.float32
+    released = replace(info, networks={n: replace(e, half=True) for n, e in info.networks.items()})
+    network = load_bundle_network(
+        folder, released, "latent_flow", Options(torch.device(device), None, True, None, False)
+    )
+    assert network.torso_dtype == (torch.float16 if device == "cuda" else torch.float32)
