@@ -26,7 +26,8 @@ from diff2to3.pipeline.cutout import METHODS
 from diff2to3.pipeline.denoise import MULTI_IMAGE_MODES, StageSettings
 from diff2to3.pipeline.machine import limit_threads
 from diff2to3.pipeline.outputs import TURNTABLES, OutputFolder, Writer, check_turntable, describe
-from diff2to3.pipeline.photos import Photo, check_photo, open_photo
+from diff2to3.pipeline.photo_files import check_photo, open_photo
+from diff2to3.pipeline.photos import Photo
 
 if TYPE_CHECKING:
     from diff2to3.pipeline.image_to_3d import ImageTo3D, Result

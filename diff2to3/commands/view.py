@@ -16,7 +16,7 @@ from diff2to3.errors import InputError
 from diff2to3.files import write_atomic
 from diff2to3.gaussians.ply import read_ply
 from diff2to3.gaussians.render import EPS2D
-from diff2to3.pipeline.photos import open_photo
+from diff2to3.pipeline.photo_files import open_photo
 from diff2to3.web.viewer import viewer_page
 
 

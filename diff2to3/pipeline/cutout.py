@@ -1,6 +1,6 @@
 """What in a photo is the object: its transparency, else a background-removal library, else the border's colour.
 
-alpha   the photo has transparency: it says what the object is
+alpha   the photo's transparency separates something: it says what the object is
 rembg   the library of that name (MIT) with U²-Net (Apache-2.0), as TRELLIS uses it; pip install "diff2to3[photos]"
 border  ours: whatever differs from the colour at the border, for pictures on a plain background
 none    the photo has been cut out already: all of it is the object
@@ -25,6 +25,10 @@ MAX_REMOVAL_SIDE = 1024
 BORDER_SIDE = 384
 #: Masks that cover less are empty, masks that cover more are full (shares of the picture).
 EMPTY, FULL = 1e-3, 0.97
+#: A pixel below this alpha (of 255) is clear.
+CLEAR_ALPHA = 26
+#: What fills so much of its box is a rectangle, and one of so much of the picture fills it.
+RECTANGLE, FILLS = 0.94, 0.85
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,9 @@ def cut_out(image: Image.Image, method: str = "auto", *, offline: bool = False) 
         raise InputError(f"background removal: expected one of {', '.join(METHODS)}, got {method!r}")
     if method == "none":
         return CutOut(image.convert("RGBA"), "none")
-    if has_transparency(image):
+    if separates(image):
         return CutOut(image, "alpha")
-    image = shrunk(image.convert("RGB"), MAX_REMOVAL_SIDE)
+    image = shrunk(without_alpha(image), MAX_REMOVAL_SIDE)
     extrema: Any = image.getextrema()
     if all(high - low <= 2 for low, high in extrema):
         raise InputError("image: all its pixels have the same colour; there is no object to see")
@@ -76,8 +80,51 @@ def cut_out(image: Image.Image, method: str = "auto", *, offline: bool = False) 
     return CutOut(result, used, tuple(notes))
 
 
-def has_transparency(image: Image.Image) -> bool:
-    return image.mode == "RGBA" and bool((np.asarray(image)[:, :, 3] < 255).any())
+def separates(image: Image.Image) -> bool:
+    """Whether the transparency says what the object is. It does not where too little is clear (a few lost pixels, an
+    even veil) or where what is left is a rectangle, with corners that may be round, that fills the picture or throws a
+    shadow: screenshots of windows, rounded thumbnails.
+    """
+    if image.mode != "RGBA":
+        return False
+    alpha = np.asarray(image)[:, :, 3]
+    clear, solid = alpha < CLEAR_ALPHA, alpha >= 128
+    if not clear.any() or clear.mean() < EMPTY:
+        return False
+    if not solid.any():
+        return True
+    rows, columns = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
+    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    if solid[box].mean() < RECTANGLE:
+        return True
+    # what is left out of the box lies in its corners, or inside the object, such as a handle's hole
+    height, width = solid[box].shape
+    y, x = np.nonzero(~solid[box])
+    beside_corner = np.minimum(y, height - 1 - y) + np.minimum(x, width - 1 - x) < 0.3 * min(height, width)
+    if not beside_corner.all() and len(y) > EMPTY * height * width:
+        return True
+    ring = np.ones_like(solid)
+    ring[box] = False
+    shadow = (ring & (alpha > 0)).sum() > 0.5 * ring.sum()
+    return not (shadow or height * width > FILLS * alpha.size)
+
+
+def without_alpha(image: Image.Image) -> Image.Image:
+    """RGB: the box of what is solid, and, where that is transparent, the usual colour at its rim."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    pixels = np.asarray(image)
+    solid = pixels[:, :, 3] >= 128
+    if not solid.any():
+        return image.convert("RGB")
+    rows, columns = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
+    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    pixels, solid = pixels[box], solid[box]
+    edge = np.zeros_like(solid)
+    edge[[0, -1]], edge[:, [0, -1]] = True, True
+    rim = pixels[edge & solid] if (edge & solid).any() else pixels[solid]
+    filled = np.where(solid[:, :, None], pixels[:, :, :3], np.median(rim[:, :3], 0)).astype(np.uint8)
+    return Image.fromarray(filled)
 
 
 def shrunk(image: Image.Image, side: int) -> Image.Image:

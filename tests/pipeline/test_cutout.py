@@ -15,6 +15,7 @@ from PIL import Image
 from diff2to3.errors import InputError, MissingDependencyError
 from diff2to3.pipeline import cutout
 from diff2to3.pipeline.cutout import components, cut_out, mask_problems, spread
+from diff2to3.pipeline.photo_files import open_photo
 
 SIZE = 240
 
@@ -99,6 +100,103 @@ def test_transparency_comes_first_and_none_takes_everything():
     assert cut_out(clear).method == "alpha"
     whole = cut_out(photo_of(mug(), backgrounds()["white"]), "none")
     assert whole.method == "none" and whole.image.getextrema()[3] == (255, 255)
+
+
+def corners_cut(alpha, radius, value=0):
+    """Rounded corners, in place."""
+    y, x = np.mgrid[: alpha.shape[0], : alpha.shape[1]]
+    y = np.maximum(np.maximum(radius - y, y - (alpha.shape[0] - 1 - radius)), 0)
+    x = np.maximum(np.maximum(radius - x, x - (alpha.shape[1] - 1 - radius)), 0)
+    alpha[x**2 + y**2 > radius**2] = value
+
+
+def useless_alpha(kind):
+    """uint8 [240, 240] of which nothing is learnt."""
+    alpha = np.full((SIZE, SIZE), 255, np.uint8)
+    if kind == "rounded a little":
+        corners_cut(alpha, 8)
+    elif kind == "rounded":
+        corners_cut(alpha, 40)
+    elif kind == "lost pixels":
+        alpha[
+            np.random.default_rng(0).integers(0, SIZE, 30), np.random.default_rng(1).integers(0, SIZE, 30)
+        ] = 0
+    elif kind == "lost row":
+        alpha[0] = 0
+    elif kind == "veil":
+        alpha[:] = 250
+    elif kind == "half veil":
+        alpha[:] = 128
+    elif kind == "vignette":
+        alpha[:] = 255 - np.abs(np.arange(SIZE) - SIZE // 2).astype(np.uint8)
+    elif kind == "window with a shadow":
+        y = np.abs(np.arange(SIZE) - (SIZE - 1) / 2)
+        outside = np.maximum(np.maximum.outer(y, y) - 98, 0)
+        alpha[:] = np.where(outside > 0, np.clip(100 - 4 * outside, 0, 100), 255)
+        corners_cut(alpha[22:-22, 22:-22], 6, 60)
+    return alpha
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "rounded a little",
+        "rounded",
+        "lost pixels",
+        "lost row",
+        "veil",
+        "half veil",
+        "vignette",
+        "window with a shadow",
+    ],
+)
+def test_transparency_that_separates_nothing_is_no_cut_out(kind):
+    """Screenshots and thumbnails: the object is found by its colour, as in the photo without the alpha channel."""
+    truth = mug()
+    image = photo_of(truth, backgrounds()["grey"]).convert("RGBA")
+    alpha = useless_alpha(kind)
+    image.putalpha(Image.fromarray(alpha))
+    result = cut_out(image, "border")
+    assert result.method == "border" and result.notes == ()
+    if kind == "window with a shadow":
+        truth = truth[22:-22, 22:-22]
+    if kind == "lost row":
+        truth = truth[1:]
+    assert overlap(result.image, truth) > 0.96
+
+
+def test_transparency_that_separates_is_kept():
+    boxes = {}
+    for name, (top, left) in {
+        "crate": (40, 60),
+        "wide": (90, 10),
+        "tall": (0, 70),
+        "to the corner": (60, 60),
+    }.items():
+        alpha = np.zeros((SIZE, SIZE), np.uint8)
+        alpha[top : (SIZE if name == "to the corner" else SIZE - top), left : SIZE - left] = 255
+        boxes[name] = alpha
+    boxes["mug"] = mug() * np.uint8(255)
+    y, x = np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2
+    boxes["plate to the rims"] = (x**2 + y**2 < 120**2) * np.uint8(255)
+    boxes["frame"] = np.full((SIZE, SIZE), 255, np.uint8)
+    boxes["frame"][30:-30, 30:-30] = 0
+    boxes["mug of glass"] = mug() * np.uint8(120)
+    for name, alpha in boxes.items():
+        image = photo_of(mug(), backgrounds()["grey"]).convert("RGBA")
+        image.putalpha(Image.fromarray(alpha))
+        result = cut_out(image)
+        assert result.method == "alpha" and np.array_equal(np.asarray(result.image)[..., 3], alpha), name
+
+
+def test_public_screenshot_with_round_corners(shared):
+    """TRELLIS.2's issue 35: 368 clear pixels made the whole picture the object."""
+    folder = shared / "cases" / "photo"
+    rounded, plain = (
+        cut_out(open_photo(folder / f"suv_{k}.png"), "border") for k in ("rounded_screenshot", "plain")
+    )
+    assert rounded.method == "border"
+    assert overlap(rounded.image, np.asarray(plain.image)[:, :, 3] > 127) > 0.99
 
 
 @pytest.mark.parametrize("color", ["black", "white", (90, 20, 10)])

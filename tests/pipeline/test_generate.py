@@ -163,7 +163,7 @@ def test_a_folder_with_a_bad_photo(generate, photos, tiny, tmp_path, capsys):
         assert generate(many, *words) == 2
         error = capsys.readouterr().err
         assert error == (
-            f"diff2to3 generate: error: {many / 'nothing.png'}: no object: nothing in it is more than 80 % opaque\n"
+            f"diff2to3 generate: error: {many / 'nothing.png'}: no object: all of it is transparent\n"
         )
         made = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
         assert made == {f"{n}/{f}" for n in ("a_png", "a_webp") for f in (f"{n}.ply", "metadata.json")}

@@ -1,5 +1,8 @@
 """Photos of every kind that people have, and how they are cut out for the models."""
 
+import sys
+
+import icc
 import numpy as np
 import pytest
 import torch
@@ -7,13 +10,12 @@ from PIL import Image
 
 from diff2to3.errors import InputError
 from diff2to3.flow.framing import Framing
-from diff2to3.pipeline import photos
+from diff2to3.pipeline import photo_files
+from diff2to3.pipeline.photo_files import check_photo, open_photo
 from diff2to3.pipeline.photos import (
     as_it_is,
-    check_photo,
     frame_cut_out,
     frame_like_trellis,
-    open_photo,
     prepare,
 )
 
@@ -124,7 +126,7 @@ def test_truncated_and_oversized_and_missing(tmp_path, monkeypatch):
     (tmp_path / "b.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(InputError, match=r"b\.png: not an image"):
         open_photo(tmp_path / "b.png")
-    monkeypatch.setattr(photos, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(photo_files, "MAX_PIXELS", 1000)
     for read in (open_photo, check_photo):
         with pytest.raises(InputError, match=r"a\.png: 64 × 64 pixels are too many"):
             read(tmp_path / "a.png")
@@ -146,7 +148,7 @@ def test_sizes_that_the_header_tells(tmp_path, monkeypatch):
 def test_large_photos_are_shrunk(tmp_path, monkeypatch):
     y, x = np.mgrid[:400, :800]
     base = Image.fromarray(np.stack([x // 4, y // 2, x * 0], -1).astype(np.uint8))
-    monkeypatch.setattr(photos, "MAX_SIDE", 200)
+    monkeypatch.setattr(photo_files, "MAX_SIDE", 200)
     for ending in ("jpg", "png"):
         opened = save(tmp_path, base, f"large.{ending}", quality=95)
         assert opened.size == (200, 100)
@@ -154,10 +156,146 @@ def test_large_photos_are_shrunk(tmp_path, monkeypatch):
         assert np.abs(np.asarray(opened).astype(int) - expected).mean() < 2
 
 
+# ---- colour profiles and samples ----
+
+
+@pytest.mark.parametrize(
+    ("primaries", "gamma"), [(icc.DISPLAY_P3, 2.2), (icc.ADOBE_RGB, 2.19921875), (icc.SRGB, 1.8)]
+)
+@pytest.mark.parametrize("kind", ["png", "tif", "webp", "RGBA", "shrunk"])
+def test_profiles_of_rgb(tmp_path, monkeypatch, primaries, gamma, kind):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(60, 200, (8, 10, 3), dtype=np.uint8)
+    pixels = pixels.repeat(8, 0).repeat(8, 1)
+    image = Image.fromarray(pixels)
+    if kind == "RGBA":
+        image.putalpha(Image.fromarray(np.tri(64, 80, dtype=np.uint8) * 200))
+    if kind == "shrunk":
+        monkeypatch.setattr(photo_files, "MAX_SIDE", 40)
+    ending = "png" if kind in ("RGBA", "shrunk") else kind
+    options = {"lossless": True} if ending == "webp" else {}
+    opened = save(tmp_path, image, f"a.{ending}", icc_profile=icc.rgb_profile(primaries, gamma), **options)
+    expected = icc.srgb_of_rgb(pixels, primaries, gamma)
+    found = np.asarray(opened)[..., :3]
+    if kind == "shrunk":
+        found, expected = found[2::4, 2::4], expected[4::8, 4::8]
+        assert np.abs(found - expected).mean() < 4  # Lanczos rings a little beside edges
+        return
+    # matrices and curves are in 1/65536, and bytes round
+    assert np.abs(found - expected).max() < 2
+    assert np.abs(found.astype(float) - pixels).max() > 8  # the profile says something
+    if kind == "RGBA":
+        assert opened.mode == "RGBA" and np.array_equal(np.asarray(opened)[..., 3], np.asarray(image)[..., 3])
+    again = prepare(opened, lambda i: frame_cut_out(i, Framing(32)), "none")  # not converted twice
+    assert np.array_equal(np.asarray(again.cut_out)[..., :3], found)
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_profile_of_grey(tmp_path, depth):
+    grey = np.arange(0, 240, 3, dtype=np.uint8).reshape(8, 10)
+    image = Image.fromarray(grey if depth == 8 else grey.astype(np.uint16) * 257)
+    opened = save(tmp_path, image, "a.png", icc_profile=icc.grey_profile(1.8))
+    expected = icc.encoded((grey / 255.0) ** 1.8)
+    assert np.abs(np.asarray(opened)[..., 1] - expected).max() < 2
+    assert np.abs(expected - grey).max() > 15
+
+
+def test_profile_of_cmyk(tmp_path):
+    """Inks that are multiplied: cyan on paper, and black."""
+    inks = np.stack(np.meshgrid(*[[0, 1]] * 4, indexing="ij"), -1)
+    lab = np.array([94.0, 0, 4]) * (1 - inks[..., 3:]) + [-8, -10, -12] * inks[..., :1]
+    lab = lab + [-12, 20, 0] * inks[..., 1:2] + [-3, -2, 30] * inks[..., 2:3]
+    lab[..., 0] = lab[..., 0].clip(0, 100)
+    used = inks.reshape(-1, 4).astype(np.uint8) * 255
+    image = Image.frombytes("CMYK", (16, 8), np.tile(used, (8, 1)).tobytes())
+    opened = save(tmp_path, image, "a.tif", icc_profile=icc.cmyk_profile(lab))
+    expected = icc.srgb_of_lab(lab.reshape(-1, 3).round())
+    light = expected.min(1) > 60  # black point compensation changes what is dark,
+    light[0] = False  # and the paper becomes white
+    assert light.sum() >= 6 and (np.asarray(opened)[0][0] == 255).all() and opened.mode == "RGB"
+    assert np.abs(np.asarray(opened)[0][light] - expected[light]).max() < 2
+    assert np.asarray(opened)[0][15].max() < 40
+
+
+@pytest.mark.parametrize(
+    "profile", [b"not a profile", icc.grey_profile(1.0), icc.rgb_profile(icc.SRGB, 1)[:200]]
+)
+def test_profiles_that_cannot_be_used_change_nothing(tmp_path, profile):
+    pixels = np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3)
+    opened = save(tmp_path, Image.fromarray(pixels), "a.png", icc_profile=profile)
+    assert np.array_equal(np.asarray(opened), pixels)
+
+
+@pytest.mark.parametrize("top", [1.0, 1.5, 255.0, 65535.0])
+def test_float_samples(tmp_path, top):
+    """Renderers write 0 to 1, with some highlights above; others bytes or words as floats."""
+    grey = np.linspace(0, 1, 120, dtype=np.float32).reshape(10, 12)
+    values = grey * (1 if top <= 2 else top)
+    values[0, :3] = np.nan, np.inf, top
+    opened = save(tmp_path, Image.fromarray(values), "f.tif")
+    found = np.asarray(opened)[..., 1]
+    assert found[0, :3].tolist() == [0, 255, 255]
+    assert np.abs(found[1:] - grey[1:] * 255).max() <= 0.51
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+def test_deep_samples_of_fewer_bits(tmp_path, bits):
+    grey = np.linspace(0, 1, 120).reshape(10, 12)
+    values = (grey * (2**bits - 1)).round().astype(np.uint16)
+    opened = save(tmp_path, Image.fromarray(values), "deep.png")
+    assert np.abs(np.asarray(opened)[..., 0] - grey * 255).max() <= 1
+
+
+def test_heic(tmp_path):
+    heif = pytest.importorskip("pillow_heif", reason="writes HEIC")
+    pixels = np.full((64, 64, 3), (200, 80, 40), np.uint8)
+    heif.from_pillow(Image.fromarray(pixels)).save(tmp_path / "a.heic", quality=100)
+    assert np.abs(np.asarray(open_photo(tmp_path / "a.heic")).astype(int) - pixels).max() < 6
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "hint"),
+    [
+        ("a.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC pictures need pi-heif: pip install"),
+        ("photo", b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC pictures need pi-heif: pip install"),
+        ("a.CR2", b"II*\0\x10\0\0\0CR\x02" + bytes(40), "a camera's raw file; save it as JPEG"),
+        ("a.exr", b"v/1\x01" + bytes(40), "a high-dynamic-range picture; save it as PNG"),
+        ("a.svg", b"<svg/>", "a drawing, not a photo; save it as PNG"),
+        ("a.png", b"text", "no kind of picture that is known"),
+    ],
+)
+def test_what_pillow_does_not_read_is_named(tmp_path, monkeypatch, name, content, hint):
+    for package in ("pi_heif", "pillow_heif"):
+        monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        open_photo(tmp_path / name)
+    assert f"{tmp_path / name}: not an image that can be read ({hint}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_no_photo(tmp_path):
+    with pytest.raises(InputError, match="cannot be read: "):
+        open_photo(tmp_path)
+
+
+def test_glass_is_made_solid():
+    """An object that is nowhere opaque, cut out by its transparency or by hand."""
+    pixels = np.zeros((60, 60, 4), np.uint8)
+    pixels[20:40, 10:50] = (200, 100, 50, 128)
+    image = Image.fromarray(pixels)
+    for method, used in (("auto", "alpha"), ("none", "none")):
+        seen = prepare(image, lambda i: frame_cut_out(i, Framing(48, margin=1.2)), method)
+        assert seen.method == used
+        middle = seen.picture[:, 24, 24] * 255
+        assert (middle - torch.tensor([200.0, 100, 50])).abs().max() < 2
+        assert (seen.picture[:, 2, 2] == 0.5).all()
+
+
 def test_no_object_and_a_single_pixel():
     for framer in (frame_like_trellis, lambda image, size: frame_cut_out(image, Framing(size))):
-        with pytest.raises(InputError, match="nothing in it is more than 80 % opaque"):
-            framer(Image.new("RGBA", (9, 9), (255, 0, 0, 200)), 64)
+        with pytest.raises(InputError, match="all of it is transparent"):
+            framer(Image.new("RGBA", (9, 9), (255, 0, 0, 10)), 64)
         with pytest.raises(InputError, match="smaller than three pixels"):
             framer(cut_out(box=(5, 5, 5, 5)), 64)
 
