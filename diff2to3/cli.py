@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from diff2to3 import __version__
 from diff2to3.errors import InputError, MissingDependencyError
+from diff2to3.streams import make_usable
 
 #: name -> one line of help. The module is diff2to3.commands.<name>.
 COMMANDS = {
@@ -55,6 +56,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (2 for bad input, with one line on stderr)."""
     started = time.perf_counter()
+    make_usable()
     # Threads of OpenMP that wait would otherwise spin: beside other programs that takes several times longer. It is
     # read when torch is imported, which nothing above has done.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

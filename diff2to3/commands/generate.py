@@ -23,7 +23,7 @@ import torch
 from diff2to3.errors import InputError
 from diff2to3.flow.samplers import SAMPLERS
 from diff2to3.pipeline.cutout import METHODS
-from diff2to3.pipeline.denoise import MULTI_IMAGE_MODES, StageSettings
+from diff2to3.pipeline.denoise import MULTI_IMAGE_MODES, resampled
 from diff2to3.pipeline.machine import limit_threads
 from diff2to3.pipeline.outputs import TURNTABLES, OutputFolder, Writer, check_turntable, describe
 from diff2to3.pipeline.photo_files import check_photo, open_photo
@@ -68,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "none: the photo is all object",
     )  # fmt: skip
 
-    how = parser.add_argument_group("how to sample (default: as the model says)")
+    how = parser.add_argument_group(
+        "how to sample (default: as the model says; a model that is no flow has no steps to set)"
+    )
     how.add_argument("--steps", type=int, help="steps of each stage")
     how.add_argument("--guidance-scale", type=float, help="1 is off; TRELLIS's cfg_strength + 1")
     how.add_argument("--sampler", choices=tuple(SAMPLERS))
@@ -175,8 +177,11 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, model: ImageTo3D, writer: Writer) -> None:
         self.args, self.model, self.writer = args, model, writer
-        self.structure = override(model.structure_settings, args)
-        self.latent = override(model.latent_settings, args, prune=args.prune)
+        changes = {"num_steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler}
+        stages = (model.structure_settings, model.latent_settings)
+        self.structure, self.latent = resampled(stages, changes)
+        if args.prune is not None:
+            self.latent = dataclasses.replace(self.latent, prune=args.prune)
 
     def all(self, tasks: list[Task]) -> int:
         """Make every asset; returns how many failed. The only one's InputError is raised."""
@@ -326,17 +331,6 @@ def make_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(f"{folder}: cannot be written to: {error.strerror or error}") from error
-
-
-def override(settings: StageSettings, args: argparse.Namespace, **more: Any) -> StageSettings:
-    """A model's settings with those that the user gave; also ``more``, where it is not None."""
-    changes: dict[str, Any] = {
-        "num_steps": args.steps,
-        "guidance_scale": args.guidance_scale,
-        "sampler": args.sampler,
-        **more,
-    }
-    return dataclasses.replace(settings, **{k: v for k, v in changes.items() if v is not None})
 
 
 class Progress:

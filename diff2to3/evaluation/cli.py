@@ -23,6 +23,7 @@ from diff2to3.evaluation.sources import MeshSource, Source
 from diff2to3.evaluation.summary import summarise
 from diff2to3.evaluation.tables import build_table, markdown
 from diff2to3.files import write_atomic
+from diff2to3.streams import make_usable
 
 WEIGHTS = ("lpips", "inception", "dinov2", "clip")
 
@@ -170,6 +171,7 @@ def main_of(
     run: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> int:
     """Parse, run, and turn bad input into one line and exit code 2."""
+    make_usable()
     args = parser.parse_args(argv)
     try:
         return run(args)

@@ -33,6 +33,7 @@ from diff2to3.metrics.features import FeatureExtractor, build_extractor, cosine_
 from diff2to3.metrics.geometry import sample_surface, surface_distance, voxel_iou
 from diff2to3.metrics.pairs import pair_values
 from diff2to3.pipeline import ImageTo3D
+from diff2to3.pipeline.denoise import resampled
 from diff2to3.types import Gaussians, Mesh, Views
 from diff2to3.views import CameraConfig, RenderConfig, generator_for, make_renderer
 from diff2to3.voxels.voxelise import voxelise
@@ -242,10 +243,9 @@ def stage_options(setup: Setup) -> dict[str, Any]:
     if setup.steps is None:
         return {}
     model = load_model(setup)
-    return {
-        "structure": replace(model.structure_settings, num_steps=setup.steps),
-        "latent": replace(model.latent_settings, num_steps=setup.steps),
-    }
+    stages = (model.structure_settings, model.latent_settings)
+    structure, latent = resampled(stages, {"num_steps": setup.steps})
+    return {"structure": structure, "latent": latent}
 
 
 def draw(setup: Setup, asset_id: str) -> list[str]:

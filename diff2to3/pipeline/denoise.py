@@ -8,8 +8,8 @@ StructureSMDiT, LatentSMDiT    image latents [B, C, h, w] → patches  no token 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,42 @@ class StageSettings:
             raise InputError(f"prune: expected a number of pixels of at least 0, got {self.prune}")
         if self.sampler not in SAMPLERS:
             raise InputError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+
+    @property
+    def one_step(self) -> bool:
+        """Whether a model of these settings is no flow: it predicts its result from noise at once, and was not trained
+        for the times in between.
+        """
+        return self.num_steps == 1
+
+
+#: What only a flow has, by the command's names.
+OF_FLOWS = {"num_steps": "--steps", "guidance_scale": "--guidance-scale", "sampler": "--sampler"}
+
+
+def resampled(stages: Sequence[StageSettings], changes: Mapping[str, Any]) -> list[StageSettings]:
+    """A model's settings with ``changes`` (of :data:`OF_FLOWS`, where not None) to the stages that are flows.
+
+    Raises:
+        InputError: no stage is one, so that the changes have no meaning.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    if given and all(stage.one_step for stage in stages):
+        options = ", ".join(OF_FLOWS[name] for name in given)
+        raise InputError(
+            f"{options}: this model makes its result in one step, so there is nothing to set; leave it out, or take a "
+            "model that is a flow"
+        )
+    return [stage if stage.one_step else replace(stage, **given) for stage in stages]
+
+
+def check_one_step(own: StageSettings, given: StageSettings, stage: str) -> None:
+    """InputError where a model's one-step stage is asked to be sampled in another way."""
+    changed = [name for name in OF_FLOWS if getattr(own, name) != getattr(given, name)]
+    if own.one_step and changed:
+        raise InputError(
+            f"{stage}: {', '.join(changed)}: this model makes its result in one step; it cannot be sampled otherwise"
+        )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from diff2to3.pipeline.denoise import (
     Conditions,
     Progress,
     StageSettings,
+    check_one_step,
     sample,
     velocities,
 )
@@ -184,7 +185,8 @@ class ImageTo3D:
         Args:
             prompt: a photo, several photos of one object, or a text for models that take text.
             seed: of the noise, drawn on the CPU in float32, so that it is the same for any device.
-            structure, latent: how to sample each stage; as the model says unless given.
+            structure, latent: how to sample each stage; as the model says unless given. A stage that the model makes
+                in one step can be made in no other way.
             multi_image: one of :data:`MULTI_IMAGE_MODES`.
             prepare: cut out, centre and resize the photos; False if they already are.
             background_removal: one of :data:`diff2to3.pipeline.cutout.METHODS`.
@@ -225,12 +227,14 @@ class ImageTo3D:
             )
         if len(prompts) != len(seeds) or not prompts:
             raise InputError(f"seeds: expected {len(prompts)}, one a prompt, got {len(seeds)}")
+        first, second = structure or self.structure_settings, latent or self.latent_settings
+        check_one_step(self.structure_settings, first, "structure")
+        check_one_step(self.latent_settings, second, "latent")
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         clock = Clock()
         with torch.inference_mode():
             photos = [self.photos(prompt, prepare, background_removal) for prompt in prompts]
             clock.lap("photos")
-            first, second = structure or self.structure_settings, latent or self.latent_settings
             seen, mirrored = self.stage_conditions(prompts, photos), None
             if (first.mirror or second.mirror) and self.kind == "image":
                 mirrored = self.stage_conditions(

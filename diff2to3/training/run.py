@@ -21,6 +21,7 @@ from torch import nn
 
 from diff2to3.config import config_to_dict, load_config, save_config
 from diff2to3.errors import InputError, MissingDependencyError
+from diff2to3.streams import make_usable
 from diff2to3.training import activations, distributed, estimate, resume
 from diff2to3.training.checkpoints import CheckpointError, Checkpoints
 from diff2to3.training.config import TrainConfig
@@ -84,6 +85,7 @@ def main(task_class: Callable[[Any], Task], config_class: type, argv: Sequence[s
     Returns the exit code: 0 when done, or stopped by SIGTERM after saving; 1 when training failed; 2 for bad
     input; 130 after Ctrl-C.
     """
+    make_usable()
     args = build_parser(Path(sys.argv[0]).name).parse_intermixed_args(argv)
     warnings.filterwarnings(
         "ignore", message="torch.distributed is disabled"

@@ -1,5 +1,6 @@
 """The command, from photo files to finished assets: what it writes, and what it says when it cannot."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -15,9 +16,10 @@ from PIL import Image
 
 from diff2to3 import cli
 from diff2to3.commands.generate import names_of
+from diff2to3.errors import InputError
 from diff2to3.gaussians.ply import read_ply
 from diff2to3.gaussians.render import render
-from diff2to3.pipeline import outputs
+from diff2to3.pipeline import ImageTo3D, outputs
 from diff2to3.views.cameras import CameraConfig, sample_cameras
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,6 +104,48 @@ def test_settings_reach_the_samplers(generate, photos, tmp_path):
         assert metadata[stage]["num_steps"] == 2 and metadata[stage]["guidance_scale"] == 1
         assert metadata[stage]["sampler"] == "heun"
     assert metadata["dtype"] == "bfloat16"
+
+
+@pytest.fixture
+def one_step_bundle(tiny, tmp_path):
+    """one_step_bundle(stages…): a model whose named stages make their result at once."""
+
+    def make(*stages):
+        folder = tiny.write_generator(tmp_path / "one_step")
+
+        def change(values):
+            for stage in stages:
+                values["settings"]["samplers"][stage]["num_steps"] = 1
+
+        edit(folder, change)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("words", [("--steps", 8), ("--guidance-scale", 3), ("--sampler", "heun")])
+def test_a_model_that_is_no_flow_refuses_to_be_sampled(
+    generate, one_step_bundle, photos, tmp_path, capsys, words
+):
+    folder = one_step_bundle("structure", "latent")
+    assert generate(photos[0], "--model", folder, "-o", tmp_path / "out", *words) == 2
+    error = capsys.readouterr().err
+    assert f"error: {words[0]}: this model makes its result in one step" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert generate(photos[0], "--model", folder, "-o", tmp_path / "out", "--turntable", "none") == 0
+
+
+def test_settings_reach_the_stage_that_is_a_flow(generate, one_step_bundle, photos, tmp_path):
+    folder = one_step_bundle("latent")
+    words = ("--steps", 8, "--guidance-scale", 3, "--turntable", "none")
+    assert generate(photos[0], "--model", folder, "-o", tmp_path / "out", *words) == 0
+    metadata = metadata_of(tmp_path / "out")
+    assert metadata["structure"]["num_steps"] == 8 and metadata["structure"]["guidance_scale"] == 3
+    assert metadata["latent"]["num_steps"] == 1 and metadata["latent"]["guidance_scale"] == 1.5
+    model = ImageTo3D.from_pretrained(str(folder))
+    more = dataclasses.replace(model.latent_settings, num_steps=5)
+    with pytest.raises(InputError, match="latent: num_steps: this model makes its result in one step"):
+        model(Image.open(photos[0]), latent=more)
 
 
 def test_files_may_do_without_what_nobody_sees(generate, photos, tmp_path, capsys):
