@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from diff2to3 import cli
 from diff2to3.checkpoint import read_bundle
 from diff2to3.errors import InputError
+from diff2to3.flow.denoise import StageSettings
 from diff2to3.gaussians.ply import read_ply
 from diff2to3.pipeline.convert import checked_sha256
-from diff2to3.pipeline.denoise import StageSettings
 from diff2to3.pipeline.image_to_3d import ImageTo3D
 from diff2to3.pipeline.load import load_model, read_pipeline, stage_from_sampler
 from diff2to3.pipeline.photos import frame_like_trellis

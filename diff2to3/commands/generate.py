@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diff2to3.errors import InputError
+from diff2to3.flow.denoise import MULTI_IMAGE_MODES, resampled
 from diff2to3.flow.samplers import SAMPLERS
+from diff2to3.machine import limit_threads
 from diff2to3.pipeline.cutout import METHODS
-from diff2to3.pipeline.denoise import MULTI_IMAGE_MODES, resampled
-from diff2to3.pipeline.machine import limit_threads
 from diff2to3.pipeline.outputs import TURNTABLES, OutputFolder, Writer, check_turntable, describe
 from diff2to3.pipeline.photo_files import check_photo, open_photo
 from diff2to3.pipeline.photos import Photo

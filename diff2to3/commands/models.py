@@ -28,7 +28,7 @@ from diff2to3.checkpoint import (
     save_bundle,
 )
 from diff2to3.errors import InputError
-from diff2to3.pipeline.sources import EMBEDDED, embedded_models
+from diff2to3.hub import EMBEDDED, embedded_models
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from diff2to3.metrics.features import FeatureExtractor, build_extractor, cosine_
 from diff2to3.metrics.geometry import sample_surface, surface_distance, voxel_iou
 from diff2to3.metrics.pairs import pair_values
 from diff2to3.pipeline import ImageTo3D
-from diff2to3.pipeline.denoise import resampled
+from diff2to3.flow.denoise import resampled
 from diff2to3.types import Gaussians, Mesh, Views
 from diff2to3.views import CameraConfig, RenderConfig, generator_for, make_renderer
 from diff2to3.voxels.voxelise import voxelise

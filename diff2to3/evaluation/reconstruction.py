@@ -22,11 +22,11 @@ from diff2to3.checkpoint import MODEL_FILE, file_sha256, read_bundle
 from diff2to3.evaluation.protocol import Protocol
 from diff2to3.files import write_atomic
 from diff2to3.gaussians.render import EPS2D, render_pictures
+from diff2to3.hub import Source
 from diff2to3.metrics.geometry import voxel_iou
 from diff2to3.metrics.lpips import Lpips
 from diff2to3.metrics.pairs import pair_values
 from diff2to3.pipeline.reconstruct import Reconstruction, ReconstructionSettings, Reconstructor
-from diff2to3.pipeline.sources import Source
 from diff2to3.types import Gaussians, Views
 from diff2to3.views import CameraConfig, RenderConfig, make_renderer
 

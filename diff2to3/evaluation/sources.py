@@ -360,7 +360,7 @@ def _autoencoder(rest: str, device: torch.device, offline: bool) -> CallSource:
 
 def _identity(model: str) -> tuple[str, str]:
     """(name, hash over its files) of a model; a repository's files are known by its name."""
-    from diff2to3.pipeline.sources import EMBEDDED, embedded_models
+    from diff2to3.hub import EMBEDDED, embedded_models
 
     folder = EMBEDDED / model if model in embedded_models() else Path(model).expanduser()
     digest = hashlib.sha256(model.encode())

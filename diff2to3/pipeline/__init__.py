@@ -4,7 +4,7 @@ photo ─prepare─▶ picture ─conditioner─▶ tokens ─structure flow─�
       ─decoder─▶ Gaussians
 """
 
-from diff2to3.pipeline.denoise import StageSettings
+from diff2to3.flow.denoise import StageSettings
 from diff2to3.pipeline.image_to_3d import ImageTo3D, Result
 
 __all__ = ["ImageTo3D", "Result", "StageSettings"]

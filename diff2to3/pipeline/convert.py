@@ -20,7 +20,8 @@ from diff2to3.checkpoint import (
 )
 from diff2to3.config import config_to_dict
 from diff2to3.errors import InputError
-from diff2to3.pipeline.denoise import StageSettings
+from diff2to3.flow.denoise import StageSettings
+from diff2to3.hub import Source
 from diff2to3.pipeline.load import (
     PIPELINE_FILE,
     UPSTREAM_KEYS,
@@ -29,7 +30,6 @@ from diff2to3.pipeline.load import (
     read_pipeline,
     trellis_files,
 )
-from diff2to3.pipeline.sources import Source
 from diff2to3.pipeline.upstream import NETWORKS, build_network, wants_half
 
 #: Networks that pipeline.json does not name, by class: they come along where their files lie in ckpts/.

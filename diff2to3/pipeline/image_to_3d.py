@@ -14,9 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diff2to3.errors import InputError
-from diff2to3.flow.framing import Framing
-from diff2to3.gaussians import combine
-from diff2to3.pipeline.denoise import (
+from diff2to3.flow.denoise import (
     MULTI_IMAGE_MODES,
     Conditions,
     Progress,
@@ -25,6 +23,8 @@ from diff2to3.pipeline.denoise import (
     sample,
     velocities,
 )
+from diff2to3.flow.framing import Framing
+from diff2to3.gaussians import combine
 from diff2to3.pipeline.photos import Photo, as_it_is, frame_cut_out, frame_like_trellis, prepare
 from diff2to3.pipeline.prune import without_hidden
 from diff2to3.types import Gaussians, SparseVoxels

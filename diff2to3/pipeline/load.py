@@ -29,13 +29,13 @@ from diff2to3.checkpoint import (
 from diff2to3.config import config_from_dict
 from diff2to3.errors import InputError
 from diff2to3.flow.conditioners import load_image_conditioner, load_text_conditioner
+from diff2to3.flow.denoise import StageSettings, image_patch_size, image_width
 from diff2to3.flow.dit import LatentDiT, StructureDiT
 from diff2to3.flow.framing import Framing
 from diff2to3.flow.smdit import LatentSMDiT, StructureSMDiT
+from diff2to3.hub import Source, embedded_models
 from diff2to3.networks import network_builder
-from diff2to3.pipeline.denoise import StageSettings, image_patch_size, image_width
 from diff2to3.pipeline.image_to_3d import ImageTo3D, Networks, Normalization
-from diff2to3.pipeline.sources import Source, embedded_models
 from diff2to3.pipeline.upstream import NOT_SUPPORTED, build_network, wants_half
 from diff2to3.vae.decoder import Decoder
 from diff2to3.vae.sparse_structure import StructureDecoder

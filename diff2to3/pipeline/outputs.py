@@ -20,7 +20,7 @@ from diff2to3.errors import InputError, MissingDependencyError
 from diff2to3.files import sync_folder
 from diff2to3.gaussians.ply import CONVENTIONS, ply_bytes
 from diff2to3.gaussians.render import EPS2D
-from diff2to3.pipeline.machine import peak_memory
+from diff2to3.machine import peak_memory
 from diff2to3.pipeline.turntable import DEFAULT_VIEWS, turntable
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from diff2to3.checkpoint import IMAGE_ENCODER, MODEL_FILE, BundleInfo, read_bundle
 from diff2to3.config import MISSING, config_from_dict
 from diff2to3.errors import InputError
+from diff2to3.hub import Source
 from diff2to3.pipeline.image_to_3d import Clock, clone
 from diff2to3.pipeline.load import DTYPES, Options, load_bundle_network
-from diff2to3.pipeline.sources import Source
 from diff2to3.types import Gaussians, Mesh, SparseVoxels, Views
 from diff2to3.vae.decoder import Decoder
 from diff2to3.vae.encoder import Encoder

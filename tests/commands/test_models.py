@@ -155,7 +155,7 @@ def test_bad_input(case, parts, tmp_path, capsys):
 
 
 def test_the_list_has_embedded_models(capsys):
-    from diff2to3.pipeline.sources import EMBEDDED, embedded_models
+    from diff2to3.hub import EMBEDDED, embedded_models
 
     assert main(["models"]) == 0
     shown = capsys.readouterr().out

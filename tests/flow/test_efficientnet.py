@@ -13,7 +13,7 @@ from diff2to3.flow.efficientnet import (
     EfficientNetLite,
     from_published,
 )
-from diff2to3.pipeline.sources import EMBEDDED
+from diff2to3.hub import EMBEDDED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,11 +9,11 @@ from flow_runs import VIEWS, arguments, task_for
 
 from diff2to3.config import load_config
 from diff2to3.data.store import AssetStore
+from diff2to3.flow.denoise import Conditions
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.gaussians.render import render
 from diff2to3.metrics.image import ssim
 from diff2to3.pipeline import ImageTo3D
-from diff2to3.pipeline.denoise import Conditions
 from diff2to3.pipeline.image_to_3d import some_voxels
 from diff2to3.training.run import main
 from diff2to3.training.task import Randomness

@@ -16,7 +16,7 @@ from diff2to3.errors import InputError
 from diff2to3.flow.image_tower import PARTS, PrototypeHead
 from diff2to3.flow.networks import build_network
 from diff2to3.flow.tokens import ImageTokens
-from diff2to3.pipeline.sources import EMBEDDED
+from diff2to3.hub import EMBEDDED
 from diff2to3.training.lookalikes import (
     Memory,
     Metric,

@@ -13,9 +13,9 @@ from PIL import Image
 from pipeline_helpers import difference
 
 from diff2to3.flow.framing import object_box
+from diff2to3.hub import EMBEDDED
 from diff2to3.metrics.geometry import voxel_iou
 from diff2to3.pipeline import ImageTo3D, Result
-from diff2to3.pipeline.sources import EMBEDDED
 from diff2to3.pipeline.turntable import turntable
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "eval" / "examples"

@@ -448,7 +448,7 @@ def test_an_interruption_leaves_nothing(generate, photos, tmp_path, capsys, monk
 
 def test_the_embedded_model_is_the_default(photos, tmp_path, capsys, monkeypatch, bundles, tiny):
     """``mini`` by name, from the package's own folder; while it has no generator, what is missing is said."""
-    from diff2to3.pipeline import sources
+    from diff2to3 import hub
 
     embedded = tmp_path / "bundles"
     embedded.mkdir()

@@ -12,9 +12,9 @@ from pipeline_helpers import NAMES, difference
 
 from diff2to3.checkpoint import read_bundle
 from diff2to3.errors import InputError
+from diff2to3.flow.denoise import Conditions
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.pipeline import ImageTo3D, StageSettings
-from diff2to3.pipeline.denoise import Conditions
 from diff2to3.pipeline.image_to_3d import some_voxels
 from diff2to3.pipeline.load import Options, load_bundle_network, load_model
 from diff2to3.pipeline.prune import shown

@@ -19,8 +19,8 @@ from diff2to3.data.prepare import prepare
 from diff2to3.data.schema import DataConfig
 from diff2to3.data.store import AssetStore
 from diff2to3.errors import InputError
+from diff2to3.hub import EMBEDDED, Source, embedded_models
 from diff2to3.pipeline.reconstruct import ReconstructionSettings, Reconstructor
-from diff2to3.pipeline.sources import EMBEDDED, Source, embedded_models
 from diff2to3.voxels.voxelise import voxelise
 
 

@@ -24,12 +24,12 @@ from diff2to3.data.loader import LoaderConfig, TrainLoader
 from diff2to3.data.plan import PlannedAsset
 from diff2to3.data.store import AssetStore
 from diff2to3.errors import InputError
+from diff2to3.flow.denoise import StageSettings
 from diff2to3.flow.framing import Framing
 from diff2to3.flow.matching import noised, squared_error, target_velocity
 from diff2to3.flow.networks import FlowConfig, build_network, predict, see, velocity_of
 from diff2to3.flow.samplers import SAMPLERS, guided, timesteps
 from diff2to3.flow.tokens import ImageTokens
-from diff2to3.pipeline.denoise import StageSettings
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.flow_augment import AugmentConfig

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diff2to3.flow.denoise import Conditions
 from diff2to3.flow.networks import predict
 from diff2to3.pipeline import ImageTo3D
-from diff2to3.pipeline.denoise import Conditions
 from diff2to3.training.tasks.flow_objective import (
     FlowObjective,
     Normalization,

@@ -10,7 +10,7 @@ from diff2to3.errors import InputError, MissingDependencyError
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 #: The models that come with the package, a folder each.
-EMBEDDED = Path(__file__).resolve().parents[1] / "bundles"
+EMBEDDED = Path(__file__).resolve().parent / "bundles"
 
 
 def embedded_models() -> list[str]:

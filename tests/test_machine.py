@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from diff2to3.pipeline import machine
-from diff2to3.pipeline.machine import available_cpus, limit_threads, peak_memory
+from diff2to3 import machine
+from diff2to3.machine import available_cpus, limit_threads, peak_memory
 
 
 @pytest.mark.parametrize(
