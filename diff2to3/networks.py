@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from diff2to3.checkpoint import MODEL_FILE, NetworkEntry, load_strictly, read_tensors
 from diff2to3.config import config_from_dict
@@ -37,6 +39,8 @@ NETWORK_TYPES: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
     "OccupancyFlow": (OccupancyFlowConfig, OccupancyFlow),
     "EfficientNetLite": (EfficientNetConfig, EfficientNetLite),
 }
+#: Those that are sampled.
+FLOWS = (StructureDiT, LatentDiT, StructureSMDiT, LatentSMDiT)
 #: Those that a training set's stages are made with.
 ENCODER_TYPES = ("Encoder", "StructureEncoder", "MiniEncoder", "EfficientNetLite")
 
@@ -64,3 +68,54 @@ def frozen_network(folder: Path, name: str, entry: NetworkEntry, types: Sequence
     path = folder / entry.file
     load_strictly(network, read_tensors(path), path)
     return network.eval().requires_grad_(False)
+
+
+class WithoutNormalStart(TorchFunctionMode):
+    """Leaves out ``normal_``. On the meta device, where it changes nothing, it is run by torch's references in Python,
+    which import torch._dynamo: a second of every command's start.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        values = kwargs or {}
+        if getattr(function, "__name__", "") == "normal_":
+            return args[0] if args else values["tensor"]
+        return function(*args, **values)
+
+
+def filled(
+    build: Callable[[], nn.Module],
+    path: Path,
+    half: bool,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Build a network without initialising it, and load its weights; it stays on the CPU.
+
+    Random number generators are left alone.
+
+    Args:
+        half: its torso was released in float16.
+        device: where it will run, which decides the torso's dtype where ``dtype`` is None.
+
+    Raises:
+        InputError: the weights are missing or do not fit.
+    """
+    with torch.device("meta"), WithoutNormalStart():
+        network = build()
+    if hasattr(network, "cast_torso"):  # small encoders stay in float32
+        network.cast_torso(dtype or usual_dtype(isinstance(network, FLOWS), half, device))  # type: ignore[operator]
+    load_strictly(network, read_tensors(path), path)
+    return network
+
+
+def usual_dtype(flow: bool, half: bool, device: torch.device) -> torch.dtype:
+    """Of a torso; ``half``: it was released in float16. Flows are trained under bfloat16's autocast and sampled in
+    it; decoders, whose parameters become an asset, stay in float32.
+    """
+    if half and device.type != "cpu":
+        return torch.float16
+    if flow and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float32

@@ -20,7 +20,7 @@ from diff2to3.flow.denoise import StageSettings
 from diff2to3.gaussians.ply import read_ply
 from diff2to3.pipeline.convert import checked_sha256
 from diff2to3.pipeline.image_to_3d import ImageTo3D
-from diff2to3.pipeline.load import load_model, read_pipeline, stage_from_sampler
+from diff2to3.pipeline.load import read_pipeline, stage_from_sampler
 from diff2to3.pipeline.photos import frame_like_trellis
 from diff2to3.pipeline.upstream import build_network
 from diff2to3.types import SparseVoxels
@@ -252,7 +252,7 @@ def test_several_photos_of_one_object(folder, photo, tmp_path):
     """Two equal photos are one photo, in both modes; two different ones are not."""
     other = tmp_path / "other.png"
     Image.open(photo).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(other)
-    model = load_model(str(folder), offline=True)
+    model = ImageTo3D.from_pretrained(str(folder), offline=True)
     images = [Image.open(photo), Image.open(other)]
     settings = {name: StageSettings(3, 2.0, (0.0, 1.0), 1.0) for name in ("structure", "latent")}
     one = model(images[0], **settings).gaussians
@@ -328,7 +328,7 @@ def test_text_to_ply_by_the_command(text_folder, photo, tmp_path, capsys):
 def test_text_tokens_are_the_encoders_last_states(text_folder):
     import transformers
 
-    model = load_model(str(text_folder), offline=True)
+    model = ImageTo3D.from_pretrained(str(text_folder), offline=True)
     conditions = model.stage_conditions(["red chair"], [()]).latent
     clip = transformers.CLIPTextModel.from_pretrained(text_folder / "tiny-clip").eval()
     letters = {c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz")}
@@ -472,8 +472,8 @@ def test_precision_of_the_torsos(folder, photo):
     def torso(model):
         return model.networks.latent_flow.blocks[0].mlp.mlp[0].weight.dtype
 
-    exact = load_model(str(folder), offline=True)
-    half = load_model(str(folder), offline=True, dtype=torch.bfloat16)
+    exact = ImageTo3D.from_pretrained(str(folder), offline=True)
+    half = ImageTo3D.from_pretrained(str(folder), offline=True, dtype=torch.bfloat16)
     assert torso(exact) == torch.float32 and torso(half) == torch.bfloat16
     assert half.networks.latent_flow.out_layer.weight.dtype == torch.float32
     settings = StageSettings(1, 1.0, (0.0, 1.0), 1.0)
@@ -513,6 +513,6 @@ def test_files_of_the_hub_cache_are_checked(tmp_path):
         checked_sha256(tmp_path / "link_0")
 
 
-def test_from_pretrained_is_load_model(folder):
+def test_what_was_left_out_is_said(folder):
     model = ImageTo3D.from_pretrained(str(folder), offline=True)
     assert model.kind == "image" and len(model.notes) == 2

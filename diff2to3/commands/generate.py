@@ -160,9 +160,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def load(args: argparse.Namespace, device: torch.device) -> ImageTo3D:
-    from diff2to3.pipeline.load import load_model
+    from diff2to3.pipeline.image_to_3d import ImageTo3D
 
-    return load_model(
+    return ImageTo3D.from_pretrained(
         args.model,
         device=device,
         dtype=DTYPES.get(args.dtype),

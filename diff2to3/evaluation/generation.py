@@ -29,11 +29,11 @@ from diff2to3.evaluation.runs import RunFolder
 from diff2to3.evaluation.scores import SET_EXTRACTORS, SOLID
 from diff2to3.evaluation.summary import METRICS, bootstrap_mean, set_distances
 from diff2to3.files import write_atomic
+from diff2to3.flow.denoise import resampled
 from diff2to3.metrics.features import FeatureExtractor, build_extractor, cosine_scores
 from diff2to3.metrics.geometry import sample_surface, surface_distance, voxel_iou
 from diff2to3.metrics.pairs import pair_values
 from diff2to3.pipeline import ImageTo3D
-from diff2to3.flow.denoise import resampled
 from diff2to3.types import Gaussians, Mesh, Views
 from diff2to3.views import CameraConfig, RenderConfig, generator_for, make_renderer
 from diff2to3.voxels.voxelise import voxelise

@@ -219,3 +219,44 @@ def sample(
 
     times = timesteps(settings.num_steps, settings.shift)
     return SAMPLERS[settings.sampler](velocity, noise, times, on_step)
+
+
+def sample_structure(
+    flow: Any,
+    conditions: Conditions,
+    settings: StageSettings,
+    generators: Sequence[torch.Generator],
+    device: torch.device,
+    multi_image: str = MULTI_IMAGE_MODES[0],
+    progress: Progress | None = None,
+    mirrored: Conditions | None = None,
+    one_by_one: bool = False,
+) -> list[Tensor]:
+    """Stage 1's latents [B, C, r, r, r] as the flow makes them, from noise that each item's generator gives.
+
+    One tensor; with ``one_by_one`` a tensor of a single item for each item.
+
+    ``mirrored``: of the mirrored photos; their latents follow in the same tensor, from the mirrored noise.
+    ``one_by_one``: in a batch sums are rounded otherwise, a logit beside the threshold changes sides, and the object is
+    not the one it is alone.
+    """
+    count, c = len(generators), flow.config
+    parts = [slice(k, k + 1) for k in range(count)] if one_by_one else [slice(count)]
+    made = []
+    for number, rows in enumerate(parts):
+        shape = (1, c.in_channels, *(c.resolution,) * 3)
+        noise = torch.cat([torch.randn(shape, generator=g) for g in generators[rows]]).to(device)
+        seen = conditions.rows(rows)
+        if mirrored is not None:
+            noise = torch.cat([noise, noise.flip(2)])
+            seen = seen.with_items(mirrored.rows(rows))
+        report = share_of(progress, number, len(parts))
+        made.append(sample(velocities(flow, noise), noise, seen, settings, multi_image, "structure", report))
+    return made
+
+
+def share_of(progress: Progress | None, number: int, count: int) -> Progress | None:
+    """Where ``count`` passes of equal length make up a stage: what pass ``number`` reports to."""
+    if progress is None or count == 1:
+        return progress
+    return lambda stage, step, steps: progress(stage, number * steps + step, count * steps)

@@ -21,28 +21,20 @@ from diff2to3.flow.denoise import (
     StageSettings,
     check_one_step,
     sample,
+    sample_structure,
+    share_of,
     velocities,
 )
-from diff2to3.flow.framing import Framing
+from diff2to3.flow.normalization import Normalization
 from diff2to3.gaussians import combine
+from diff2to3.pipeline.parts import Parts
 from diff2to3.pipeline.photos import Photo, as_it_is, frame_cut_out, frame_like_trellis, prepare
 from diff2to3.pipeline.prune import without_hidden
 from diff2to3.types import Gaussians, SparseVoxels
-from diff2to3.vae.decoder import Decoder
-from diff2to3.vae.sparse_structure import StructureDecoder, active_voxels, with_one_active
+from diff2to3.vae.sparse_structure import active_voxels, with_one_active
 
 #: A photo, several photos of one object, or a text.
 Prompt = Image.Image | Photo | Sequence[Image.Image | Photo] | str
-
-
-@dataclass(frozen=True)
-class Networks:
-    """The four networks of generation; the flows are those of diff2to3.flow.dit or of diff2to3.flow.smdit."""
-
-    structure_flow: nn.Module
-    structure_decoder: StructureDecoder
-    latent_flow: nn.Module
-    decoder: Decoder
 
 
 @dataclass(frozen=True)
@@ -51,38 +43,6 @@ class StageConditions:
 
     structure: Conditions
     latent: Conditions
-
-
-@dataclass(frozen=True)
-class Normalization:
-    """(x − mean) / std, a channel: what the velocity networks see of latents, and of the condition's."""
-
-    mean: Tensor
-    std: Tensor
-
-    @staticmethod
-    def of(values: Mapping[str, Sequence[float]], channels: int, name: str) -> Normalization:
-        """From {mean, std}; InputError where they are missing or do not fit ``channels``."""
-        if not isinstance(values, Mapping) or not {"mean", "std"} <= values.keys():
-            raise InputError(f"{name}: expected mean and std, got {values!r}")
-        mean, std = list(values["mean"]), list(values["std"])
-        if len(mean) != channels or len(std) != channels:
-            raise InputError(
-                f"{name}: expected {channels} means and deviations, got {len(mean)} and {len(std)}"
-            )
-        if not all(value > 0 for value in std):
-            raise InputError(f"{name}: expected positive deviations, got {std}")
-        return Normalization(torch.tensor(mean), torch.tensor(std))
-
-    def apply(self, x: Tensor, dim: int = 1) -> Tensor:
-        """Channels are dimension ``dim``."""
-        return (x - self.along(self.mean, x, dim)) / self.along(self.std, x, dim)
-
-    def undo(self, z: Tensor, dim: int = 1) -> Tensor:
-        return z * self.along(self.std, z, dim) + self.along(self.mean, z, dim)
-
-    def along(self, values: Tensor, x: Tensor, dim: int) -> Tensor:
-        return values.to(x).view([-1 if i == dim else 1 for i in range(x.ndim)])
 
 
 @dataclass(frozen=True)
@@ -111,62 +71,36 @@ class Result:
 class ImageTo3D:
     """A loaded model. ``ImageTo3D.from_pretrained("mini")(image, seed=1)`` gives a :class:`Result`.
 
-    kind       what it is conditioned on: "image" or "text"
-    conditioner  pictures [B, 3, S, S] → tokens [B, L, C] or latents [B, C, h, w], or a list of texts → tokens
-    structure_conditioner  the same for stage 1, where it has one of its own
-    framing    of the condition picture; ``trellis`` prepares it as TRELLIS does, on black and byte by byte
-    structure_normalization, latent_normalization  of the latents of either stage; None for none
-    image_normalization, structure_image_normalization  of what either conditioner gives
-    notes      what the loader left out, a line each
-    low_memory networks wait on the CPU and visit the device in turn
+    ``parts``: see :class:`Parts`, whose fields are attributes here.
     """
 
-    def __init__(
-        self,
-        networks: Networks,
-        conditioner: nn.Module,
-        kind: str,
-        structure_settings: StageSettings,
-        latent_settings: StageSettings,
-        *,
-        structure_normalization: Normalization | None = None,
-        latent_normalization: Normalization | None = None,
-        image_normalization: Normalization | None = None,
-        structure_conditioner: nn.Module | None = None,
-        structure_image_normalization: Normalization | None = None,
-        framing: Framing | None = None,
-        trellis: bool = False,
-        device: torch.device | str = "cpu",
-        low_memory: bool = False,
-        offline: bool = False,
-        notes: Sequence[str] = (),
-    ) -> None:
-        self.networks, self.conditioner, self.kind = networks, conditioner, kind
-        self.structure_normalization = structure_normalization
-        self.latent_normalization = latent_normalization
-        self.image_normalization = image_normalization
-        self.structure_conditioner = structure_conditioner
-        self.structure_image_normalization = structure_image_normalization
-        self.structure_settings, self.latent_settings = structure_settings, latent_settings
-        self.framing = framing or Framing()
-        self.trellis, self.offline = trellis, offline
-        self.low_memory, self.notes = low_memory, tuple(notes)
-        self.device = torch.device(device)
-        for network in (*vars(networks).values(), conditioner, structure_conditioner):
+    def __init__(self, parts: Parts) -> None:
+        self.networks, self.conditioner, self.kind = parts.networks, parts.conditioner, parts.kind
+        self.structure_normalization = parts.structure_normalization
+        self.latent_normalization = parts.latent_normalization
+        self.image_normalization = parts.image_normalization
+        self.structure_conditioner = parts.structure_conditioner
+        self.structure_image_normalization = parts.structure_image_normalization
+        self.structure_settings, self.latent_settings = parts.structure_settings, parts.latent_settings
+        self.framing = parts.framing
+        self.trellis, self.offline = parts.trellis, parts.offline
+        self.low_memory, self.notes = parts.low_memory, parts.notes
+        self.device = parts.device
+        for network in (*vars(parts.networks).values(), parts.conditioner, parts.structure_conditioner):
             if network is None:
                 continue
             network.eval().requires_grad_(False)
-            if not low_memory:
+            if not self.low_memory:
                 network.to(self.device)
 
     @staticmethod
     def from_pretrained(source: str = "mini", **options: Any) -> ImageTo3D:
         """Load an embedded model, a bundle of ours, or a TRELLIS folder or repository; see
-        :func:`diff2to3.pipeline.load.load_model`.
+        :func:`diff2to3.pipeline.load.load_parts`.
         """
-        from diff2to3.pipeline.load import load_model
+        from diff2to3.pipeline.load import load_parts
 
-        return load_model(source, **options)
+        return ImageTo3D(load_parts(source, **options))
 
     def __call__(
         self,
@@ -346,7 +280,7 @@ class ImageTo3D:
             ]
         present = [latents.to(self.device) for latents in present]
         if normalization is not None:
-            present = [normalization.apply(latents) for latents in present]
+            present = [normalization(latents) for latents in present]
         if present[0].ndim == 4:
             return Conditions(tuple(present))
         # Attention to equal tokens returns their value whatever their number, so one zero token stands for
@@ -370,24 +304,20 @@ class ImageTo3D:
         ``mirrored``: of the mirrored photos, for the mean of both. ``one_by_one``: an item at a time: in a batch sums
         are rounded otherwise, a logit beside the threshold changes sides, and the object is not the one it is alone.
         """
-        count = len(generators)
-        parts = [slice(k, k + 1) for k in range(count)] if one_by_one else [slice(count)]
-        made = []
         with self.on_device(self.networks.structure_flow) as flow:
-            c = flow.config
-            for number, rows in enumerate(parts):
-                own = generators[rows]
-                shape = (1, c.in_channels, *(c.resolution,) * 3)
-                noise = torch.cat([torch.randn(shape, generator=g) for g in own]).to(self.device)
-                seen = conditions.rows(rows)
-                if mirrored is not None:
-                    noise = torch.cat([noise, noise.flip(2)])
-                    seen = seen.with_items(mirrored.rows(rows))
-                report = share_of(progress, number, len(parts))
-                moved = velocities(flow, noise)
-                made.append(sample(moved, noise, seen, settings, multi_image, "structure", report))
+            made = sample_structure(
+                flow,
+                conditions,
+                settings,
+                generators,
+                self.device,
+                multi_image,
+                progress,
+                mirrored,
+                one_by_one,
+            )
         if self.structure_normalization is not None:
-            made = [self.structure_normalization.undo(z) for z in made]
+            made = [self.structure_normalization.invert(z) for z in made]
         with self.on_device(self.networks.structure_decoder) as decoder:
             logits = [decoder(z) for z in made]
         if mirrored is not None:
@@ -417,7 +347,7 @@ class ImageTo3D:
                 velocities(flow, voxels), noise, conditions, settings, multi_image, "latents", progress
             )
         if self.latent_normalization is not None:
-            z = self.latent_normalization.undo(z)
+            z = self.latent_normalization.invert(z)
         return voxels.with_feats(z)
 
     @contextmanager
@@ -431,13 +361,6 @@ class ImageTo3D:
             yield network
         finally:
             network.to("cpu")
-
-
-def share_of(progress: Progress | None, number: int, count: int) -> Progress | None:
-    """Where ``count`` passes of equal length make up a stage: what pass ``number`` reports to."""
-    if progress is None or count == 1:
-        return progress
-    return lambda stage, step, steps: progress(stage, number * steps + step, count * steps)
 
 
 def some_voxels(logits: Tensor, threshold: float) -> Tensor:

@@ -14,17 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from diff2to3.checkpoint import (
     IMAGE_ENCODER,
     MODEL_FILE,
     STRUCTURE_IMAGE_ENCODER,
     BundleInfo,
-    load_strictly,
     read_bundle,
     read_json,
-    read_tensors,
 )
 from diff2to3.config import config_from_dict
 from diff2to3.errors import InputError
@@ -32,10 +29,11 @@ from diff2to3.flow.conditioners import load_image_conditioner, load_text_conditi
 from diff2to3.flow.denoise import StageSettings, image_patch_size, image_width
 from diff2to3.flow.dit import LatentDiT, StructureDiT
 from diff2to3.flow.framing import Framing
+from diff2to3.flow.normalization import Normalization
 from diff2to3.flow.smdit import LatentSMDiT, StructureSMDiT
 from diff2to3.hub import Source, embedded_models
-from diff2to3.networks import network_builder
-from diff2to3.pipeline.image_to_3d import ImageTo3D, Networks, Normalization
+from diff2to3.networks import filled, network_builder
+from diff2to3.pipeline.parts import Networks, Parts
 from diff2to3.pipeline.upstream import NOT_SUPPORTED, build_network, wants_half
 from diff2to3.vae.decoder import Decoder
 from diff2to3.vae.sparse_structure import StructureDecoder
@@ -65,7 +63,6 @@ ROLES: dict[str, tuple[type, ...]] = {
     "decoder": (Decoder,),
 }
 #: What is sampled.
-FLOWS = (*ROLES["structure_flow"], *ROLES["latent_flow"])
 #: TRELLIS's condition picture.
 TRELLIS_FRAMING = Framing(size=518, margin=1.2, background=0.0)
 
@@ -81,7 +78,7 @@ class Options:
     low_memory: bool
 
 
-def load_model(
+def load_parts(
     source: str,
     *,
     device: torch.device | str = "cpu",
@@ -89,8 +86,8 @@ def load_model(
     offline: bool = False,
     image_encoder: str | None = None,
     low_memory: bool = False,
-) -> ImageTo3D:
-    """Load a model for generation.
+) -> Parts:
+    """Load what a model for generation is made of.
 
     Args:
         source: an embedded model ("mini"), a folder with ``model.json`` (ours) or ``pipeline.json`` (TRELLIS's), or
@@ -116,7 +113,7 @@ def load_model(
 # ---- our bundles ----
 
 
-def load_bundle(place: Source, options: Options) -> ImageTo3D:
+def load_bundle(place: Source, options: Options) -> Parts:
     """From ``model.json``. ``settings`` says how to generate:
 
     samplers           {structure: {…}, latent: {…}} of StageSettings' fields
@@ -199,7 +196,7 @@ def load_bundle_network(
 # ---- TRELLIS ----
 
 
-def load_trellis(place: Source, options: Options) -> ImageTo3D:
+def load_trellis(place: Source, options: Options) -> Parts:
     """From ``pipeline.json``."""
     path = place.file(PIPELINE_FILE)
     pipeline = read_pipeline(path)
@@ -318,40 +315,9 @@ def read_network_config(path: Path) -> tuple[str, dict[str, Any]]:
 # ---- both ----
 
 
-class WithoutNormalStart(TorchFunctionMode):
-    """Leaves out ``normal_``. On the meta device, where it changes nothing, it is run by torch's references in Python,
-    which import torch._dynamo: a second of every command's start.
-    """
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        values = kwargs or {}
-        if getattr(function, "__name__", "") == "normal_":
-            return args[0] if args else values["tensor"]
-        return function(*args, **values)
-
-
 def fill(build: Callable[[], nn.Module], path: Path, half: bool, options: Options) -> nn.Module:
-    """Build without initialising, choose the torso's dtype, and load the weights."""
-    with torch.device("meta"), WithoutNormalStart():
-        network = build()
-    dtype = options.dtype or usual_dtype(isinstance(network, FLOWS), half, options.device)
-    if hasattr(network, "cast_torso"):  # small encoders stay in float32
-        network.cast_torso(dtype)  # type: ignore[operator]
-    load_strictly(network, read_tensors(path), path)
-    return network
-
-
-def usual_dtype(flow: bool, half: bool, device: torch.device) -> torch.dtype:
-    """Of a torso; ``half``: it was released in float16. Flows are trained under bfloat16's autocast and sampled in
-    it; decoders, whose parameters become an asset, stay in float32.
-    """
-    if half and device.type != "cpu":
-        return torch.float16
-    if flow and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return torch.bfloat16
-    return torch.float32
+    """A network with its weights, its torso in the dtype that ``options`` ask for."""
+    return filled(build, path, half, options.device, options.dtype)
 
 
 def load_conditioner(kind: str, name: str, place: Source, options: Options) -> nn.Module:
@@ -390,7 +356,7 @@ def assemble(
     trellis: bool,
     structure_conditioner: Any = None,
     notes: list[str] | None = None,
-) -> ImageTo3D:
+) -> Parts:
     """Check that the parts fit each other. ``stages`` are of structure and latents; ``statistics`` of both, of the
     condition's latents, and of those of stage 1's own encoder.
     """
@@ -421,12 +387,12 @@ def assemble(
         None if values is None else Normalization.of(values, wanted[name], name)
         for values, name in zip(statistics, wanted, strict=True)
     ]
-    return ImageTo3D(
-        networks,
-        conditioner,
-        kind,
-        stages[0],
-        stages[1],
+    return Parts(
+        networks=networks,
+        conditioner=conditioner,
+        kind=kind,
+        structure_settings=stages[0],
+        latent_settings=stages[1],
         structure_normalization=normalizations[0],
         latent_normalization=normalizations[1],
         image_normalization=normalizations[2],
@@ -437,7 +403,7 @@ def assemble(
         device=options.device,
         low_memory=options.low_memory,
         offline=options.offline,
-        notes=notes or (),
+        notes=tuple(notes or ()),
     )
 
 

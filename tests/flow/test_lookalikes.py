@@ -15,6 +15,7 @@ from diff2to3.data.store import AssetStore
 from diff2to3.errors import InputError
 from diff2to3.flow.image_tower import PARTS, PrototypeHead
 from diff2to3.flow.networks import build_network
+from diff2to3.flow.normalization import Normalization
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.hub import EMBEDDED
 from diff2to3.training.lookalikes import (
@@ -29,13 +30,7 @@ from diff2to3.training.lookalikes import (
 from diff2to3.training.run import main as train
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.flow import FlowRunConfig, flow_task
-from diff2to3.training.tasks.flow_objective import (
-    BatchStages,
-    FlowObjective,
-    Normalization,
-    latent_member,
-    view_member,
-)
+from diff2to3.training.tasks.flow_objective import BatchStages, FlowObjective, latent_member, view_member
 from diff2to3.training.tasks.flow_pictures import Judge
 from diff2to3.training.tasks.lookalikes import main
 

@@ -453,7 +453,7 @@ def test_the_embedded_model_is_the_default(photos, tmp_path, capsys, monkeypatch
     embedded = tmp_path / "bundles"
     embedded.mkdir()
     (embedded / "mini").symlink_to(bundles["smdit"])
-    monkeypatch.setattr(sources, "EMBEDDED", embedded)
+    monkeypatch.setattr(hub, "EMBEDDED", embedded)
     words = ["generate", str(photos[0]), "--device", "cpu", "--turntable", "none"]
     assert cli.main([*words, "-o", str(tmp_path / "out")]) == 0
     assert metadata_of(tmp_path / "out")["model"] == "mini"

@@ -16,7 +16,7 @@ from diff2to3.flow.denoise import Conditions
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.pipeline import ImageTo3D, StageSettings
 from diff2to3.pipeline.image_to_3d import some_voxels
-from diff2to3.pipeline.load import Options, load_bundle_network, load_model
+from diff2to3.pipeline.load import Options, load_bundle_network
 from diff2to3.pipeline.prune import shown
 from diff2to3.types import SparseVoxels
 
@@ -291,7 +291,7 @@ def test_progress_counts_every_step_of_a_stage_once(tiny, model, mirrors):
 
 
 def test_with_low_memory_a_batch_takes_each_network_to_the_device_once(tiny, bundles):
-    model = load_model(str(bundles["smdit"]), low_memory=True)
+    model = ImageTo3D.from_pretrained(str(bundles["smdit"]), low_memory=True)
     visits = []
     for name, network in {**vars(model.networks), "conditioner": model.conditioner}.items():
         network.register_forward_pre_hook(lambda *_, name=name: visits.append(name))
@@ -309,12 +309,12 @@ def counted(on_device, visits):
 
 
 def test_low_memory_gives_the_same(tiny, bundles, model):
-    other = load_model(str(bundles["smdit"]), low_memory=True)
+    other = ImageTo3D.from_pretrained(str(bundles["smdit"]), low_memory=True)
     assert difference(other(tiny.photo(), seed=2), model(tiny.photo(), seed=2)) == 0
 
 
 def test_half_precision_torsos_come_close(tiny, bundles, model):
-    half = load_model(str(bundles["smdit"]), dtype=torch.bfloat16)
+    half = ImageTo3D.from_pretrained(str(bundles["smdit"]), dtype=torch.bfloat16)
     assert half.networks.latent_flow.torso_dtype == torch.bfloat16
     ours, exact = half(tiny.photo(), seed=2), model(tiny.photo(), seed=2)
     assert abs(len(ours.latents) - len(exact.latents)) < 0.2 * len(exact.latents)

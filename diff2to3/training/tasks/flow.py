@@ -28,6 +28,7 @@ from diff2to3.flow.denoise import StageSettings
 from diff2to3.flow.framing import Framing
 from diff2to3.flow.matching import noised, squared_error, target_velocity
 from diff2to3.flow.networks import FlowConfig, build_network, predict, see, velocity_of
+from diff2to3.flow.normalization import Normalization, Statistics
 from diff2to3.flow.samplers import SAMPLERS, guided, timesteps
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.training.config import TrainConfig
@@ -39,9 +40,7 @@ from diff2to3.training.tasks.flow_objective import (
     CoarseObjective,
     FlowLossConfig,
     FlowObjective,
-    Normalization,
     Refiner,
-    Statistics,
     Tensors,
     latent_member,
     point_member,

@@ -12,23 +12,22 @@ is one step from noise to Gaussians.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diff2to3.flow.denoise import Conditions
+from diff2to3.checkpoint import MODEL_FILE, read_bundle
+from diff2to3.config import config_from_dict
+from diff2to3.errors import InputError
+from diff2to3.flow.denoise import Conditions, StageSettings, sample_structure
 from diff2to3.flow.networks import predict
-from diff2to3.pipeline import ImageTo3D
-from diff2to3.training.tasks.flow_objective import (
-    FlowObjective,
-    Normalization,
-    Tensors,
-    draw,
-    stored_image_latents,
-)
+from diff2to3.flow.normalization import Normalization
+from diff2to3.hub import Source
+from diff2to3.networks import filled, network_builder
+from diff2to3.training.tasks.flow_objective import FlowObjective, Tensors, draw, stored_image_latents
 from diff2to3.types import SparseVoxels
 from diff2to3.vae.sparse_structure import active_voxels, with_one_active
 
@@ -45,16 +44,45 @@ class StructureStage:
 
         Without guidance, which would take twice the time.
         """
-        model = load_model(self.source, image_latents.device)
-        settings = replace(model.structure_settings, guidance_scale=1.0)
-        logits = model.structure_logits(Conditions((image_latents,)), settings, generators)
-        return active_voxels(with_one_active(logits), self.threshold)
+        stage, device = load_stage(self.source, image_latents.device), image_latents.device
+        (z,) = sample_structure(stage.flow, Conditions((image_latents,)), stage.settings, generators, device)
+        if stage.normalization is not None:
+            z = stage.normalization.invert(z)
+        return active_voxels(with_one_active(stage.decoder(z)), self.threshold)
+
+
+@dataclass(frozen=True)
+class LoadedStage:
+    """The networks of stage 1, and how it is sampled here."""
+
+    flow: nn.Module
+    decoder: nn.Module
+    settings: StageSettings
+    normalization: Normalization | None
 
 
 @lru_cache(maxsize=1)
-def load_model(source: str, device: torch.device) -> ImageTo3D:
-    """A whole model, once a process."""
-    return ImageTo3D.from_pretrained(source, device=device)
+def load_stage(source: str, device: torch.device) -> LoadedStage:
+    """Stage 1 of a bundle, once a process."""
+    place = Source(source)
+    path = place.file(MODEL_FILE)
+    info = read_bundle(path.parent)
+    networks = []
+    for name in ("structure_flow", "structure_decoder"):
+        if name not in info.networks:
+            raise InputError(f"{path}: no network {name!r}; data.generated.bundle needs a whole model")
+        entry = info.networks[name]
+        build = network_builder(entry, f"{path}: {name}")
+        network = filled(build, place.file(entry.file), entry.half, device)
+        networks.append(network.to(device).eval().requires_grad_(False))
+    samplers = info.settings.get("samplers", {}).get("structure", {})
+    settings = config_from_dict(StageSettings, samplers, f"{path}: samplers: structure")
+    values = info.settings.get("structure_latents")
+    flow: Any = networks[0]
+    normalization = None
+    if values is not None:
+        normalization = Normalization.of(values, flow.config.in_channels, f"{path}: structure_latents")
+    return LoadedStage(flow, networks[1], replace(settings, guidance_scale=1.0), normalization)
 
 
 class GeneratedObjective(FlowObjective):

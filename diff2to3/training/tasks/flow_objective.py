@@ -22,6 +22,7 @@ from diff2to3.flow.dit import to_grid, to_tokens
 from diff2to3.flow.image_tower import SeenImage
 from diff2to3.flow.matching import PathConfig, draw_times, noised, squared_error, target_velocity
 from diff2to3.flow.networks import predict, see
+from diff2to3.flow.normalization import Normalization
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.training.tasks.flow_augment import AugmentConfig, augmented
 from diff2to3.training.tasks.vae_objective import (
@@ -38,7 +39,6 @@ from diff2to3.vae.structure_loss import cross_entropy, dice_loss
 
 #: Mean squared error below which the logarithm stops counting: 40 dB.
 LEAST_ERROR = 1e-4
-Statistics = dict[str, list[float]]
 #: Of a batch: "stage/member" → one dict of tensors an item.
 Tensors = dict[str, list[dict[str, Tensor]]]
 
@@ -151,32 +151,6 @@ def check_weights(config: object, names: Sequence[str], prefix: str = "") -> Non
         value = getattr(config, name)
         if not value >= 0:
             raise ValueError(f"{prefix}{name}: expected a weight of at least 0, got {value}")
-
-
-class Normalization(nn.Module):
-    """(x − mean) / std a channel, and back. Saved with the weights."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, statistics: Statistics) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(statistics["mean"], dtype=torch.float32))
-        self.register_buffer("std", torch.tensor(statistics["std"], dtype=torch.float32))
-
-    def forward(self, x: Tensor, axis: int = 1) -> Tensor:
-        return (x - self.along(self.mean, x, axis)) / self.along(self.std, x, axis)
-
-    def invert(self, x: Tensor, axis: int = 1) -> Tensor:
-        return x * self.along(self.std, x, axis) + self.along(self.mean, x, axis)
-
-    def along(self, values: Tensor, x: Tensor, axis: int) -> Tensor:
-        shape = [1] * x.ndim
-        shape[axis] = -1
-        return values.reshape(shape)
-
-    def statistics(self) -> Statistics:
-        return {"mean": self.mean.tolist(), "std": self.std.tolist()}
 
 
 class FlowObjective(nn.Module):

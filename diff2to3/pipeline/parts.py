@@ -1,0 +1,58 @@
+"""What a model for generation is made of, as the loader gives it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from diff2to3.flow.denoise import StageSettings
+from diff2to3.flow.framing import Framing
+from diff2to3.flow.normalization import Normalization
+from diff2to3.vae.decoder import Decoder
+from diff2to3.vae.sparse_structure import StructureDecoder
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The four networks of generation; the flows are those of diff2to3.flow.dit or of diff2to3.flow.smdit."""
+
+    structure_flow: nn.Module
+    structure_decoder: StructureDecoder
+    latent_flow: nn.Module
+    decoder: Decoder
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a loaded model.
+
+    kind         what it is conditioned on: "image" or "text"
+    conditioner  pictures [B, 3, S, S] → tokens [B, L, C] or latents [B, C, h, w], or a list of texts → tokens
+    structure_conditioner  the same for stage 1, where it has one of its own
+    structure_settings, latent_settings  how each stage is sampled unless a call says otherwise
+    structure_normalization, latent_normalization  of the latents of each stage; None for none
+    image_normalization, structure_image_normalization  of what each conditioner gives
+    framing      of the condition picture; ``trellis`` prepares it as TRELLIS does, on black and byte by byte
+    low_memory   networks wait on the CPU and visit the device in turn
+    offline      no connection is opened, by the background removal either
+    notes        what the loader left out, a line each
+    """
+
+    networks: Networks
+    conditioner: nn.Module
+    kind: str
+    structure_settings: StageSettings
+    latent_settings: StageSettings
+    structure_normalization: Normalization | None = None
+    latent_normalization: Normalization | None = None
+    image_normalization: Normalization | None = None
+    structure_conditioner: nn.Module | None = None
+    structure_image_normalization: Normalization | None = None
+    framing: Framing = field(default_factory=Framing)
+    trellis: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    low_memory: bool = False
+    offline: bool = False
+    notes: tuple[str, ...] = ()
