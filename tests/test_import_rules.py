@@ -11,21 +11,35 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: Folders and modules that put stages together; everything else that is not below is a stage.
-COMPOSING = {
-    "__init__", "networks", "pipeline", "commands", "cli", "doctor", "config", "data", "training", "evaluation", "web"
-}  # fmt: skip
-#: What each layer may import of the package, besides itself.
+#: What each folder or module may import of the package, besides itself. Every one is listed; a module that is not is an
+#: error.
+BASE = {"types", "errors", "files", "worker", "hub", "blender", "nn", "kernels"}
+STAGES = {"assets", "views", "voxels", "photo", "vae", "flow", "gaussians", "metrics"}
+SHARED = BASE | STAGES | {"checkpoint", "config", "machine", "networks"}
 LAYERS: dict[str, set[str]] = {
     "types": set(),
     "errors": set(),
+    "kernels": set(),
     "files": {"errors"},
     "worker": {"errors"},
-    "kernels": set(),
+    "hub": {"errors", "files"},
     "blender": {"types", "errors", "files"},
+    "machine": {"errors", "kernels"},
     "nn": {"kernels", "types", "errors", "files"},
+    "checkpoint": {"errors", "files"},
+    "config": {"errors", "files"},
+    **{stage: BASE for stage in STAGES},
+    "networks": BASE | STAGES | {"checkpoint", "config"},
+    "data": SHARED,
+    "training": SHARED | {"data"},
+    "pipeline": SHARED | {"web"},  # the viewer that an asset is written with
+    "web": SHARED | {"pipeline"},
+    "evaluation": SHARED | {"data", "pipeline"},
+    "doctor": {"kernels", "nn", "errors", "machine"},
+    "commands": SHARED | {"data", "pipeline", "web", "doctor"},
+    "cli": {"commands", "errors"},
+    "__init__": SHARED | {"pipeline"},
 }
-STAGE_MAY_IMPORT = {"nn", "kernels", "types", "errors", "files", "blender"}
 #: The one package from outside that a module of kernels/ is there to call, inside functions.
 ADAPTERS = {"diff2to3.kernels.rasterize_gsplat": {"gsplat"}}
 
@@ -103,11 +117,47 @@ def layer(module: str) -> str:
 
 def layer_violations(module: str, source: str) -> list[str]:
     own = layer(module)
-    if own in COMPOSING:
+    if own not in LAYERS:
+        return [f"{module}: {own} is not in LAYERS"]
+    names = (name for name in imports(module, ast.parse(source)) if name.startswith("diff2to3."))
+    used = {layer(name) for name in names} - {"__version__", own}
+    return [f"{module} imports {name}" for name in sorted(used - LAYERS[own])]
+
+
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Module → modules of the package that it imports anywhere, in functions and for type checkers too."""
+    plain = {name.removesuffix(".__init__"): name for name in sources}
+    graph: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        found = set()
+        for name in imports(module, ast.parse(source)):
+            while name and name not in plain:
+                name = name.rpartition(".")[0]
+            if name and plain[name] != module:
+                found.add(plain[name])
+        graph[module] = found
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in turn, the first again at the end; nothing where there are none."""
+    done: set[str] = set()
+    path: list[str] = []
+
+    def search(module: str) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        path.append(module)
+        for other in sorted(graph[module]):
+            if found := search(other):
+                return found
+        path.pop()
+        done.add(module)
         return []
-    allowed = LAYERS.get(own, STAGE_MAY_IMPORT) | {own}
-    used = {layer(name) for name in imports(module, ast.parse(source)) if name.startswith("diff2to3.")}
-    return [f"{module} imports {name}" for name in sorted(used - allowed)]
+
+    return next((found for module in sorted(graph) if (found := search(module))), [])
 
 
 def outside_violations(module: str, source: str) -> list[str]:
@@ -163,6 +213,32 @@ def test_module_keeps_to_the_rules(module: str) -> None:
     assert found + call_violations(module, source) == []
 
 
+def test_no_module_imports_itself_through_others() -> None:
+    assert circle(import_graph(MODULES)) == []
+
+
+def test_layers_go_one_way_but_for_the_viewer() -> None:
+    graph = {own: others & LAYERS.keys() for own, others in LAYERS.items()}
+    assert circle(graph) == ["pipeline", "web", "pipeline"]
+    graph["pipeline"] = graph["pipeline"] - {"web"}
+    assert circle({own: others - (STAGES if own in STAGES else set()) for own, others in graph.items()}) == []
+
+
+def test_a_circle_is_found() -> None:
+    """In a function, by a relative name, through a package."""
+    planted = {
+        "diff2to3.a": "from diff2to3 import b",
+        "diff2to3.b": "def f():\n    from diff2to3.c.d import g",
+        "diff2to3.c.__init__": "",
+        "diff2to3.c.d": "from . import e",
+        "diff2to3.c.e": "if TYPE_CHECKING:\n    from ..a import A",
+    }
+    names = ["diff2to3.a", "diff2to3.b", "diff2to3.c.d", "diff2to3.c.e", "diff2to3.a"]
+    assert circle(import_graph(planted)) == names
+    planted["diff2to3.c.e"] = "import torch"
+    assert circle(import_graph(planted)) == []
+
+
 def test_distributed_and_environment_have_one_place() -> None:
     distributed = [name for name, source in MODULES.items() if uses_distributed(name, source)]
     assert len(distributed) <= 1, distributed
@@ -185,6 +261,10 @@ def test_required_dependencies_are_those_of_the_project_file() -> None:
         ("diff2to3.vae.encoder", "import diff2to3.flow.smdit"),
         ("diff2to3.vae.encoder", "def f():\n    from ..flow import smdit"),
         ("diff2to3.kernels.rasterize", "from diff2to3.types import Gaussians"),
+        ("diff2to3.training.tasks.flow", "def f():\n    from diff2to3.pipeline import ImageTo3D"),
+        ("diff2to3.training.run", "from diff2to3.evaluation import scores"),
+        ("diff2to3.pipeline.load", "from diff2to3.commands import generate"),
+        ("diff2to3.unknown", ""),
     ],
 )
 def test_wrong_layers_are_found(module: str, source: str) -> None:
