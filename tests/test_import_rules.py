@@ -13,13 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: What each folder or module may import of the package, besides itself. Every one is listed; a module that is not is an
 #: error.
-BASE = {"types", "errors", "files", "worker", "hub", "blender", "nn", "kernels"}
+BASE = {"types", "errors", "files", "streams", "worker", "hub", "blender", "nn", "kernels"}
 STAGES = {"assets", "views", "voxels", "photo", "vae", "flow", "gaussians", "metrics"}
 SHARED = BASE | STAGES | {"checkpoint", "config", "machine", "networks"}
 LAYERS: dict[str, set[str]] = {
     "types": set(),
     "errors": set(),
     "kernels": set(),
+    "streams": set(),
     "files": {"errors"},
     "worker": {"errors"},
     "hub": {"errors", "files"},
@@ -37,7 +38,7 @@ LAYERS: dict[str, set[str]] = {
     "evaluation": SHARED | {"data", "pipeline"},
     "doctor": {"kernels", "nn", "errors", "machine"},
     "commands": SHARED | {"data", "pipeline", "web", "doctor"},
-    "cli": {"commands", "errors"},
+    "cli": {"commands", "errors", "streams"},
     "__init__": SHARED | {"pipeline"},
 }
 #: The one package from outside that a module of kernels/ is there to call, inside functions.
