@@ -20,7 +20,7 @@ from diff2to3.flow.config import DiTConfig, LatentDiTConfig
 from diff2to3.flow.pyramid import Level, ascend, build_levels, descend, input_blocks, output_blocks
 from diff2to3.nn.attention import AttentionHooks
 from diff2to3.nn.embeddings import TimestepEmbedder, absolute_position_embedding
-from diff2to3.nn.precision import cast_torso, torso_dtype
+from diff2to3.nn.precision import cast_torso, precisely, torso_dtype
 from diff2to3.nn.sequences import SequencePlan
 from diff2to3.nn.transformer import (
     ModulatedCrossBlock,
@@ -169,10 +169,10 @@ class StructureDiT(DiT):
             )
         check_condition(cond, batch, c.cond_channels)
         plan = plan or self.plan(batch, cond.shape[1], latents.device)
-        x = self.input_layer(to_tokens(latents, c.patch_size)) + self.pos_emb
+        x = precisely(self.input_layer, to_tokens(latents, c.patch_size)) + self.pos_emb
         x = x.flatten(0, 1).to(self.torso_dtype)
         x = self.run_blocks(x, self.t_embedder(timestep), cond, plan, cross_hooks).to(latents.dtype)
-        x = self.out_layer(final_norm(x)).unflatten(0, (batch, -1))
+        x = precisely(self.out_layer, final_norm(x)).unflatten(0, (batch, -1))
         return to_grid(x, c.patch_size, c.resolution // c.patch_size)
 
 
@@ -247,9 +247,9 @@ class LatentDiT(DiT):
         embedded = self.t_embedder(timestep)
         dtype = self.torso_dtype
         time = embedded.to(dtype)
-        h = self.input_layer(latents.feats).to(dtype)
+        h = precisely(self.input_layer, latents.feats).to(dtype)
         h, skips = descend(self.input_blocks, h, time, plan.levels)
         h = h + absolute_position_embedding(plan.coords[:, 1:], h.shape[1]).to(dtype)
         h = self.run_blocks(h, embedded, cond, plan.tokens, cross_hooks)
         h = ascend(self.out_blocks, h, skips, time, plan.levels, self.config.skip_connection)
-        return self.out_layer(final_norm(h).to(latents.feats.dtype))
+        return precisely(self.out_layer, final_norm(h).to(latents.feats.dtype))

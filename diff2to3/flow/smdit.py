@@ -28,7 +28,7 @@ from diff2to3.flow.tokens import ImageTokens, boundaries
 from diff2to3.nn.attention import AttentionHooks
 from diff2to3.nn.embeddings import TimestepEmbedder, absolute_position_embedding
 from diff2to3.nn.items import mean_row_by_item
-from diff2to3.nn.precision import cast_torso, torso_dtype
+from diff2to3.nn.precision import cast_torso, precisely, torso_dtype
 from diff2to3.nn.streams import JointPlan, pack_streams, unpack_streams
 from diff2to3.nn.transformer import final_norm, modulation, xavier_linears, zero_parameters
 from diff2to3.types import SparseVoxels
@@ -127,7 +127,7 @@ class SMDiT(nn.Module):
     def see(self, image: ImageTokens) -> SeenImage:
         """What does not depend on the time: the embedded image tokens, and the shape that they suggest."""
         c = self.config
-        y = self.image_layer(image.feats.to(self.image_layer.weight.dtype))
+        y = precisely(self.image_layer, image.feats)
         if c.embeds_positions:
             y = y + absolute_position_embedding(image_ids(image, c.grid), c.width).to(y.dtype)
         if c.image_blocks:
@@ -219,16 +219,16 @@ class StructureSMDiT(SMDiT):
         self.check(image, batch)
         plan = plan or self.plan(image)
         seen = seen or self.see(image)
-        x = self.input_layer(to_tokens(latents, c.patch_size)).flatten(0, 1)
+        x = precisely(self.input_layer, to_tokens(latents, c.patch_size)).flatten(0, 1)
         if lifted is not None:
             self.check_lifted(lifted, (batch, c.lifted_channels, *latents.shape[2:]))
-            x = x + self.lifted_layer(to_tokens(lifted.to(latents.dtype), c.patch_size)).flatten(0, 1)
+            x = x + precisely(self.lifted_layer, to_tokens(lifted, c.patch_size)).flatten(0, 1)
         if seen.coarse is not None:
             likely = to_tokens(seen.coarse.sigmoid()[:, None], c.coarse_resolution // c.grid)
-            x = x + self.coarse_layer(likely).flatten(0, 1)
+            x = x + precisely(self.coarse_layer, likely).flatten(0, 1)
         time = self.modulators(timestep, seen, image)
         x = self.run_blocks(x, seen.tokens, time, plan, hooks).to(latents.dtype)
-        x = self.out_layer(final_norm(x)).unflatten(0, (batch, -1))
+        x = precisely(self.out_layer, final_norm(x)).unflatten(0, (batch, -1))
         output = to_grid(x, c.patch_size, c.grid)
         if not c.precondition:
             return output
@@ -283,17 +283,17 @@ class LatentSMDiT(SMDiT):
         seen = seen or self.see(image)
         embedded = self.modulators(timestep, seen, image)
         time = embedded.to(self.torso_dtype)
-        h = self.input_layer(latents.feats)
+        h = precisely(self.input_layer, latents.feats)
         if lifted is not None:
             self.check_lifted(lifted, (len(h), self.config.lifted_channels))
-            h = h + self.lifted_layer(lifted.to(h.dtype))
+            h = h + precisely(self.lifted_layer, lifted.to(h.dtype))
         if self.config.absolute:
             h = h + self.cell_embedding(cells(latents.coords, self.config.patch_size))
         h = h.to(self.torso_dtype)
         h, skips = descend(self.input_blocks, h, time, plan.levels)
         h = self.run_blocks(h, seen.tokens, embedded, plan, hooks)
         h = ascend(self.out_blocks, h, skips, time, plan.levels, self.config.skip_connection)
-        output = self.out_layer(final_norm(h).to(latents.feats.dtype))
+        output = precisely(self.out_layer, final_norm(h).to(latents.feats.dtype))
         if not self.config.precondition:
             return output
         t = torch.repeat_interleave(timestep.to(output.device), latents.cu_seqlens.diff().long())

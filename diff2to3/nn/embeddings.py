@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diff2to3.nn.precision import precisely
+
 #: Networks take t in [0, 1]; the sinusoids see t times this.
 TIME_SCALE = 1000.0
 MAX_PERIOD = 10000.0
@@ -24,7 +26,7 @@ class TimestepEmbedder(nn.Module):
         """[B] → [B, width]. A float64 timestep is scaled in float64, then rounded once."""
         weight = next(self.mlp.parameters())
         scaled = (timestep * TIME_SCALE).to(torch.float32).to(weight.device)
-        return self.mlp(sinusoids(scaled, self.num_frequencies).to(weight.dtype))
+        return precisely(self.mlp, sinusoids(scaled, self.num_frequencies))
 
 
 def sinusoids(x: Tensor, channels: int) -> Tensor:

@@ -18,7 +18,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         precise = torch.promote_types(x.dtype, torch.float32)
-        return super().forward(x.to(precise)).to(x.dtype)
+        weight, bias = (None if p is None else p.to(precise) for p in (self.weight, self.bias))
+        return F.layer_norm(x.to(precise), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class HeadRMSNorm(nn.Module):

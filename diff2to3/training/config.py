@@ -41,6 +41,8 @@ class TrainConfig:
     compile            torch.compile the blocks, which takes minutes at the start. Holds, in whole graphs, for the
                        2to3-VAE's blocks of both types and for SMDiT's, also with checkpoint_blocks
     device             cpu, cuda, mps; null for the best there is
+    kernels            native: training on a GPU needs the compiled kernels; auto: it may take the slow reference
+    timeout            minutes that a process waits for another within a step before the run fails
     threads            CPU threads a process; null as torch decides
 
     save_every         steps between checkpoints, which is the most that a killed run loses
@@ -80,6 +82,8 @@ class TrainConfig:
     checkpoint_blocks: bool = False
     compile: bool = False
     device: str | None = None
+    kernels: str = "native"
+    timeout: float = 10.0
     threads: int | None = None
 
     save_every: int = 1000
@@ -99,11 +103,12 @@ class TrainConfig:
             ("schedule", tuple(SCHEDULES)),
             ("precision", PRECISIONS),
             ("parallel", PARALLEL),
+            ("kernels", ("native", "auto")),
             ("wandb_mode", ("online", "offline")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("steps", "accumulate", "save_every", "log_every", "keep_every", "threads"):
+        for name in ("steps", "accumulate", "save_every", "log_every", "keep_every", "threads", "timeout"):
             _positive(name, getattr(self, name))
         for name in ("sample_every", "validate_every", "export_every", "clip", "lr"):
             _positive(name, getattr(self, name))

@@ -21,14 +21,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from diff2to3.errors import InputError
 
-#: Long enough for rank 0 to validate while the others wait.
-_TIMEOUT = datetime.timedelta(hours=2)
+#: Long enough for rank 0 to validate, or all to write a checkpoint, while the others wait.
+_PATIENCE = datetime.timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class World:
     size: int
     device: torch.device
     control: Any = None  # gloo group of all, for the loop
+    patient: Any = None  # gloo group of all, to wait for what takes longer than a step
     storage: Any = None  # gloo group of all, for checkpoints written in the background
     alone: Any = None  # gloo group of this process only
     mesh: DeviceMesh | None = None  # of the devices
@@ -63,8 +64,12 @@ def device_name(device: torch.device) -> str:
 
 
 @contextmanager
-def joined(device: str | None) -> Iterator[World]:
-    """The world of this process: joined on entering, left on leaving."""
+def joined(device: str | None, timeout: float = 10.0) -> Iterator[World]:
+    """The world of this process: joined on entering, left on leaving.
+
+    timeout  minutes that a process waits for another within a step, over NCCL and gloo alike: a process that hangs
+             ends the run after that. Only :func:`wait_for_all` and checkpoints have longer.
+    """
     kind = device or best_device()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     place = torch.device(kind if kind != "cuda" else f"cuda:{local_rank}")
@@ -79,13 +84,14 @@ def joined(device: str | None) -> Iterator[World]:
         yield World(0, 1, place)
         return
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    prompt = datetime.timedelta(minutes=timeout)
+    dist.init_process_group(backend, timeout=prompt)
     rank, size = dist.get_rank(), dist.get_world_size()
-    groups = [dist.new_group(backend="gloo", timeout=_TIMEOUT) for _ in range(2)]
+    groups = [dist.new_group(backend="gloo", timeout=limit) for limit in (prompt, _PATIENCE, _PATIENCE)]
     alone = [dist.new_group([r], backend="gloo") for r in range(size)][rank]
     mesh = init_device_mesh(place.type, (size,))
     cpu_mesh = mesh if place.type == "cpu" else init_device_mesh("cpu", (size,))
-    yield World(rank, size, place, groups[0], groups[1], alone, mesh, cpu_mesh)
+    yield World(rank, size, place, *groups, alone, mesh, cpu_mesh)
     dist.destroy_process_group()  # not after an error: it would wait for what the others will never send
 
 
@@ -101,6 +107,12 @@ def total(values: Sequence[float], world: World) -> list[float]:
     sums = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(sums, group=world.control)
     return [float(value) for value in sums]
+
+
+def wait_for_all(world: World) -> None:
+    """Return when every process has come here, which may take the main one hours."""
+    if world.size > 1:
+        dist.all_reduce(torch.zeros(1), group=world.patient)
 
 
 def from_main(value: Any, world: World, group: Any = None) -> Any:
@@ -141,11 +153,17 @@ def together(action: Callable[[], None], world: World, group: Any = None) -> Non
 
 
 def parallelize(
-    objective: nn.Module, blocks: Iterable[nn.Module], how: str, world: World, find_unused: bool = False
+    objective: nn.Module,
+    blocks: Iterable[nn.Module],
+    how: str,
+    world: World,
+    find_unused: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """``objective`` so that gradients are means over processes; sharded in place by fsdp2.
 
-    A single process gets the objective itself.
+    A single process gets the objective itself. fsdp2 gathers the blocks' weights in ``dtype``, in which autocast would
+    use them anyway, half as many bytes; all other weights, and the sums of gradients, stay in float32.
     """
     if world.size == 1:
         return objective
@@ -157,9 +175,16 @@ def parallelize(
         )
     _check_shardable(objective, world)
     for block in blocks:
-        fully_shard(block, mesh=world.mesh)
+        fully_shard(block, mesh=world.mesh, mp_policy=gathered_in(dtype))
     fully_shard(objective, mesh=world.mesh)
     return objective
+
+
+def gathered_in(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Weights in ``dtype``, gradients in float32; inputs as they are, so that the residual stream stays in float32."""
+    if dtype == torch.float32:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def can_shard_on_cpu() -> bool:

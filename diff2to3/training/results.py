@@ -50,7 +50,7 @@ class Results:
                     self.records.put("validate", state.step, numbers)
                 if "export" in what:
                     export(self.task, objective, self.out / "bundle")
-        distributed.total([0.0], self.world)
+        distributed.wait_for_all(self.world)
 
     def _sample(self, objective: nn.Module, step: int) -> None:
         pictures = self.task.samples(objective, Randomness(self.config.seed, 0))

@@ -21,6 +21,7 @@ from torch import nn
 
 from diff2to3.config import config_to_dict, load_config, save_config
 from diff2to3.errors import InputError, MissingDependencyError
+from diff2to3.kernels.library import library_for
 from diff2to3.streams import make_usable
 from diff2to3.training import activations, distributed, estimate, resume
 from diff2to3.training.checkpoints import CheckpointError, Checkpoints
@@ -30,7 +31,7 @@ from diff2to3.training.ema import Averager
 from diff2to3.training.faults import NotFiniteError, StopRequest, stop_on_signals
 from diff2to3.training.loggers import Console, JsonLines, Logger, TensorBoard, Wandb
 from diff2to3.training.loop import Trainer
-from diff2to3.training.precision import LossScale
+from diff2to3.training.precision import DTYPES, LossScale
 from diff2to3.training.profiler import Profiler
 from diff2to3.training.records import Records
 from diff2to3.training.results import Results, averaged, export
@@ -97,7 +98,7 @@ def main(task_class: Callable[[Any], Task], config_class: type, argv: Sequence[s
             if args.dry_run:
                 print(estimate.report(task, config.train, args.gpu, args.num_gpus))
                 return 0
-            with distributed.joined(config.train.device) as world:
+            with distributed.joined(config.train.device, config.train.timeout) as world:
                 if args.export is not None:
                     export_newest(task, config.train, world, args.export)
                 else:
@@ -133,6 +134,7 @@ def train(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with resume.only_process(out, world), contextlib.ExitStack() as stack:
+        distributed.together(lambda: check_kernels(options, world), world)
         distributed.together(lambda: resume.check_config(out, config, allow_changes), world)
         checkpoints = Checkpoints(out / "checkpoints", world, options.keep, options.keep_every)
         stack.callback(checkpoints.wait)
@@ -168,7 +170,9 @@ def build(
         activations.compile_blocks(blocks)
     if config.checkpoint_blocks:
         activations.recompute(blocks)
-    module = distributed.parallelize(objective, blocks, config.parallel, world, config.find_unused)
+    module = distributed.parallelize(
+        objective, blocks, config.parallel, world, config.find_unused, DTYPES[config.precision]
+    )
     weights = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     if not weights:
         raise InputError("the objective has nothing to train: no parameter requires a gradient")
@@ -178,6 +182,19 @@ def build(
         averager = Averager(shards, config.ema, config.ema_warmup)
     scale = LossScale(config.precision == "fp16")
     return TrainState(objective, adamw(weights, config), averager, scale, world), module
+
+
+def check_kernels(config: TrainConfig, world: World) -> None:
+    """InputError where a GPU has no compiled kernels and the run does not say that it may do without: one such process
+    would hold up all others, rasterising in Python.
+    """
+    if world.device.type != "cuda" or config.kernels == "auto":
+        return
+    if library_for(world.device) is None:
+        raise InputError(
+            f"rank {world.rank}: no CUDA kernels (the reason is above; 'diff2to3 doctor' says what is missing); "
+            "train.kernels=auto trains with the slow reference"
+        )
 
 
 def build_loaders(task: Task, config: TrainConfig, state: TrainState, world: World) -> list[Any]:

@@ -67,8 +67,12 @@ class TrainState:
         return places
 
     def tensors(self) -> dict[str, Tensor]:
-        """Copies of all tensors on the CPU, to be written."""
-        return {n: distributed.on_cpu(v, like, self.world) for n, (v, like) in self._places().items()}
+        """Copies on the CPU of what this process takes part in writing: whole tensors are the main process's."""
+        places = self._places()
+        sharded = any(distributed.is_sharded(like) for _, like in places.values())
+        if not (sharded or self.world.main):
+            return {}
+        return {n: distributed.on_cpu(v, like, self.world) for n, (v, like) in places.items()}
 
     def numbers(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from diff2to3.nn.precision import precisely
 from diff2to3.nn.transformer import final_norm, xavier_linears, zero_parameters
 from diff2to3.types import Gaussians, SparseVoxels
 from diff2to3.vae.config import DecoderConfig
@@ -36,9 +37,9 @@ class Decoder(Torso):
     def raw(self, latents: SparseVoxels, plan: TorsoPlan | None = None) -> RawGaussians:
         """The parameters before activation."""
         h = self.torso(latents, plan).to(latents.feats.dtype)
-        out = self.out_layer(final_norm(h))
+        out = precisely(self.out_layer, final_norm(h))
         if self.config.linear_path:
-            out = out + self.linear_path(latents.feats)
+            out = out + precisely(self.linear_path, latents.feats)
         return split_raw(out, self.config.gaussians)
 
     def forward(self, latents: SparseVoxels, plan: TorsoPlan | None = None) -> list[Gaussians]:

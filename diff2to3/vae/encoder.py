@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from diff2to3.nn.precision import precisely
 from diff2to3.nn.transformer import final_norm, xavier_linears, zero_parameters
 from diff2to3.types import SparseVoxels
 from diff2to3.vae.config import EncoderConfig
@@ -28,8 +29,8 @@ class Encoder(Torso):
     def forward(self, voxels: SparseVoxels, plan: TorsoPlan | None = None) -> Posterior:
         """``plan``: of :meth:`plan`, where the same voxels are encoded or decoded again."""
         h = self.torso(voxels, plan).to(voxels.feats.dtype)
-        out = self.out_layer(final_norm(h))
+        out = precisely(self.out_layer, final_norm(h))
         if self.config.linear_path:
-            out = out + self.linear_path(voxels.feats)
+            out = out + precisely(self.linear_path, voxels.feats)
         mean, logvar = out.chunk(2, -1)
         return Posterior(mean, logvar)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diff2to3.nn.precision import cast_torso, torso_dtype
+from diff2to3.nn.precision import cast_torso, precisely, torso_dtype
 from diff2to3.nn.transformer import LayerNorm
 from diff2to3.vae.config import StructureConfig
 from diff2to3.vae.posterior import Posterior
@@ -134,11 +134,11 @@ class StructureEncoder(StructureNetwork):
         self.out_layer = output_layer(config, config.channels[-1], 2 * config.latent_channels)
 
     def forward(self, occupancy: Tensor) -> Posterior:
-        h = self.input_layer(fold_cells(occupancy, self.config.fold)).to(self.torso_dtype)
+        h = precisely(self.input_layer, fold_cells(occupancy, self.config.fold)).to(self.torso_dtype)
         for block in self.blocks:
             h = block(h)
         h = self.middle_block(h).to(occupancy.dtype)
-        mean, logvar = self.out_layer(h).chunk(2, 1)
+        mean, logvar = precisely(self.out_layer, h).chunk(2, 1)
         return Posterior(mean, logvar)
 
 
@@ -155,10 +155,10 @@ class StructureDecoder(StructureNetwork):
         self.out_layer = output_layer(config, config.channels[-1], data_channels)
 
     def forward(self, latents: Tensor) -> Tensor:
-        h = self.middle_block(self.input_layer(latents).to(self.torso_dtype))
+        h = self.middle_block(precisely(self.input_layer, latents).to(self.torso_dtype))
         for block in self.blocks:
             h = block(h)
-        return unfold_cells(self.out_layer(h.to(latents.dtype)), self.config.fold)
+        return unfold_cells(precisely(self.out_layer, h.to(latents.dtype)), self.config.fold)
 
 
 def coarsened(occupancy: Tensor, resolution: int) -> Tensor:

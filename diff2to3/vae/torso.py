@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from diff2to3.kernels.neighbors import NeighborPlan, neighbor_plan
 from diff2to3.nn.attention import Plan
 from diff2to3.nn.embeddings import absolute_position_embedding
-from diff2to3.nn.precision import cast_torso, torso_dtype
+from diff2to3.nn.precision import cast_torso, precisely, torso_dtype
 from diff2to3.nn.sequences import SequencePlan
 from diff2to3.nn.sparse_blocks import SparseResBlock
 from diff2to3.nn.transformer import TransformerBlock
@@ -77,7 +77,7 @@ class Torso(nn.Module):
     def torso(self, voxels: SparseVoxels, plan: TorsoPlan | None) -> Tensor:
         """[N, Cin] → [N, width], in the torso's dtype."""
         plan = self.plan(voxels) if plan is None else plan
-        h = self.input_layer(voxels.feats)
+        h = precisely(self.input_layer, voxels.feats)
         h = h + absolute_position_embedding(voxels.coords[:, 1:], h.shape[1]).to(h.dtype)
         h = h.to(self.torso_dtype)
         num_attention = 0
