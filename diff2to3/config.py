@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from diff2to3.errors import InputError
-from diff2to3.files import write_atomic
+from diff2to3.files import read_text, write_atomic
 
 __all__ = ["MISSING", "config_from_dict", "config_to_dict", "load_config", "save_config"]
 
@@ -84,10 +85,10 @@ def _plain(value: Any) -> Any:
 
 def _read(path: Path) -> DictConfig:
     try:
-        loaded = OmegaConf.load(path)
+        loaded = OmegaConf.load(io.StringIO(read_text(path)))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"{path}: not valid YAML: {_one_line(error)}") from error

@@ -28,7 +28,8 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., object])
 
 #: Negative results of the C functions.
-FAILURES = {-1: "out of memory", -2: "too many items for 32-bit indices", -3: "CUDA error"}
+_TOO_MANY = -2
+FAILURES = {-1: "out of memory", _TOO_MANY: "too many items for 32-bit indices", -3: "CUDA error"}
 
 #: Instruction sets, best first, with the level that d23_cpu_level must report at least.
 CPU_LEVELS = (("avx512", 2), ("avx2", 1), ("baseline", 0))
@@ -36,6 +37,10 @@ CPU_LEVELS = (("avx512", 2), ("avx2", 1), ("baseline", 0))
 
 class KernelError(RuntimeError):
     """A compiled kernel reported a failure."""
+
+
+class TooManyError(KernelError):
+    """The call has more elements than the kernel's indices of 32 bits reach. Smaller parts of it may work."""
 
 
 # ---- loading ----
@@ -217,7 +222,8 @@ def call(name: str, *args: Argument, device: torch.device) -> int:
     else:
         result = function(*converted, ctypes.c_int64(torch.get_num_threads()))
     if result < 0:
-        raise KernelError(f"{name}: {failure_text(library, result)}")
+        kind = TooManyError if result == _TOO_MANY else KernelError
+        raise kind(f"{name}: {failure_text(library, result)}")
     return int(result)
 
 

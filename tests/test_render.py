@@ -1,6 +1,7 @@
 """Rendering Gaussians to files: the project's filter, sheets, animations, and the command."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from diff2to3.errors import InputError
 from diff2to3.gaussians.pictures import sheet, write_frames
 from diff2to3.gaussians.ply import write_ply
 from diff2to3.gaussians.render import render, to_uint8
+from diff2to3.kernels.library import TooManyError, resolve_backend
 from diff2to3.kernels.rasterize import rasterize
 from diff2to3.types import Gaussians
 
@@ -39,6 +41,42 @@ def test_render_uses_the_projects_filter() -> None:
     for a, b in zip(ours, expected, strict=True):
         assert torch.equal(a, b)
     assert to_uint8(torch.tensor([-1.0, 0.5, 2.0])).tolist() == [0, 128, 255]
+
+
+def test_more_tiles_than_indices_reach() -> None:
+    """40,000 Gaussians that fill a picture of 4096² overlap 2.6 billion tiles."""
+    num = 40_000
+    huge = Gaussians(
+        torch.tensor([[0.0, 0, 2]]).repeat(num, 1), torch.tensor([[1.0, 0, 0, 0]]).repeat(num, 1),
+        torch.full((num, 3), 50.0), torch.full((num,), 0.9), torch.zeros(num, 1, 3),
+    )  # fmt: skip
+    K = torch.tensor([[[4096.0, 0, 2048], [0, 4096, 2048], [0, 0, 1]]])
+    if resolve_backend("auto", huge.means.device, huge.means.dtype) != "native":
+        pytest.skip("no compiled kernels")
+    with pytest.raises(InputError, match=r"40,000 Gaussians overlap more than 2.31 tiles .* 4096 x 4096"):
+        render(huge, torch.eye(4)[None], K, 4096, 4096)
+
+
+@pytest.mark.parametrize("num_views", [2, 5])
+@pytest.mark.parametrize("background", [None, 0.5, "each"])
+def test_views_that_are_too_many_together_are_rendered_in_parts(
+    num_views: int, background: str | float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    viewmats = torch.eye(4).repeat(num_views, 1, 1)
+    viewmats[:, 2, 3] = 1 + torch.arange(num_views)
+    Ks = torch.tensor([[[32.0, 0, 16], [0, 32, 16], [0, 0, 1]]]).repeat(num_views, 1, 1)
+    colors = torch.rand(num_views, 3) if background == "each" else background
+    whole = render(colored_axes(), viewmats, Ks, 32, 32, background=colors, depth=True)
+
+    def small(*args: Any, **options: Any) -> Any:
+        if len(args[4]) > 1:
+            raise TooManyError("too many")
+        return rasterize(*args, **options)
+
+    monkeypatch.setattr("diff2to3.gaussians.render.rasterize", small)
+    parts = render(colored_axes(), viewmats, Ks, 32, 32, background=colors, depth=True)
+    for name in ("colors", "alphas", "depths"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 11])

@@ -23,6 +23,7 @@ from diff2to3.assets.load import UP_AXIS, load_mesh
 from diff2to3.assets.records import AssetRecord, Catalogue, FetchOptions, Outcome, RecordList
 from diff2to3.assets.source import FileSource, open_zip
 from diff2to3.errors import InputError
+from diff2to3.files import read_text, utf8
 from diff2to3.types import Mesh
 
 MANIFEST_NAME = "manifest.jsonl"
@@ -87,12 +88,15 @@ class AssetFilter:
     min_aesthetic: float | None = None
     limit: int | None = None
 
-    def apply(self, catalogue: Catalogue) -> list[AssetRecord]:
-        """The records that pass, in the catalogue's order. InputError for ids that the catalogue lacks."""
-        records: Iterable[AssetRecord] = catalogue
+    def apply(self, catalogue: Catalogue, records: Iterable[AssetRecord] | None = None) -> list[AssetRecord]:
+        """The records that pass, of all of the catalogue or of ``records``, in their order.
+
+        Raises InputError for ids that the catalogue lacks.
+        """
+        records = catalogue if records is None else records
         if self.ids is not None:
             wanted = set(self.ids)
-            records = [record for record in catalogue if record.id in wanted]
+            records = [record for record in records if record.id in wanted]
             missing = sorted(wanted - {record.id for record in records})
             if missing:
                 raise InputError(
@@ -119,8 +123,8 @@ class AssetFilter:
 def read_ids(path: str | os.PathLike[str]) -> list[str]:
     """One id a line; blank lines and lines that start with # do not count."""
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except OSError as error:
         raise InputError(f"{os.fspath(path)}: cannot read the list of ids ({error})") from None
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
@@ -152,7 +156,7 @@ class LocalCatalogue(RecordList):
         if path.suffix.lower() == ".zip":
             names = open_zip(path).namelist()
             if MANIFEST_NAME in names:
-                text = FileSource(self.name, MANIFEST_NAME).read(Limits()).decode("utf-8", "replace")
+                text = utf8(FileSource(self.name, MANIFEST_NAME).read(Limits())).decode("utf-8", "replace")
                 where = {name: FileSource(self.name, name) for name in names}
                 return [self._record(row, where) for row in _json_lines(text, f"{self.name}!{MANIFEST_NAME}")]
             return self._from_files([(name, FileSource(self.name, name)) for name in names])
@@ -169,8 +173,8 @@ class LocalCatalogue(RecordList):
 
     def _from_manifest(self, manifest: Path) -> list[AssetRecord]:
         try:
-            text = manifest.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(manifest)
+        except OSError as error:
             raise InputError(f"{manifest}: cannot be read ({error})") from None
         where: dict[str, FileSource] = {}
         for archive in sorted(manifest.parent.glob("*.zip")):

@@ -131,7 +131,7 @@ def read_table(path: Path, published: PublishedSet) -> Iterator[dict[str, str]]:
             f"JeffreyXiang/TRELLIS-500K and save it there. {published.how}"
         )
     csv.field_size_limit(min(sys.maxsize, 1 << 30))  # captions are long
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # a spreadsheet may have saved it
         rows = csv.DictReader(file)
         missing = {"sha256", "file_identifier"} - set(rows.fieldnames or ())
         if missing:

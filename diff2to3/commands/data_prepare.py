@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,7 @@ def add_inspect(verbs: Any) -> None:
 
 
 def run_prepare(args: argparse.Namespace) -> int:
-    """Prepare, and print what was done, how long it took, and what failed."""
+    """Prepare, and print what was done, how long it took, and what failed; 1 where not one asset is complete."""
     from diff2to3.config import load_config
     from diff2to3.data.prepare import prepare
     from diff2to3.data.schema import DataConfig
@@ -102,6 +103,10 @@ def run_prepare(args: argparse.Namespace) -> int:
     finally:
         executor.close()
     print(summary(reports))
+    hopeless = next((r for r in reports if 0 < r.num_assets <= len(r.failed)), None)
+    if hopeless is not None:
+        print(f"{config.out}: every asset failed in {hopeless.name}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -234,7 +234,8 @@ class LimitConfig:
 class DataConfig:
     """A dataset: where from, where to, and what is made of each asset.
 
-    source       a folder, a zip, or a catalogue (see ``diff2to3 data list --help``)
+    source       a folder, a zip, or a catalogue (see ``diff2to3 data list --help``). One without splits gets them by
+                 id: of 20 assets about one is in "val", the others in "train", and of two assets one each
     out          the dataset's folder; on a file system that all workers see
     seed         of the cameras
     mirror       splits whose assets also come mirrored in x, as assets of their own: twice the shapes, and views from

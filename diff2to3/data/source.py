@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from diff2to3.assets.catalogue import AssetFilter, load_asset, open_catalogue, read_ids
 from diff2to3.assets.limits import Limits
-from diff2to3.assets.records import Catalogue
+from diff2to3.assets.records import AssetRecord, Catalogue
 from diff2to3.data.schema import DataConfig
 from diff2to3.data.variants import derive, derived, original
 from diff2to3.errors import InputError
 from diff2to3.types import Mesh
+
+#: One asset in so many validates.
+_VAL_EVERY = 20
+
+
+def split_by_id(records: Sequence[AssetRecord]) -> list[AssetRecord]:
+    """``records`` with splits that follow from their ids: "val" where the first eight hex digits of the id's SHA-256
+    are a multiple of 20, "train" elsewhere. So an asset stays where it is when a folder grows. Where that leaves
+    one of the two empty and there are two assets, the id with the least hash goes there.
+    """
+    if not records:
+        return []
+    hashes = {record.id: hashlib.sha256(record.id.encode()).hexdigest() for record in records}
+    splits = {key: "train" if int(h[:8], 16) % _VAL_EVERY else "val" for key, h in hashes.items()}
+    least = min(hashes, key=lambda key: hashes[key])
+    if len(set(splits.values())) == 1:
+        only = splits[least]
+        if only == "val" or len(records) > 1:
+            splits[least] = "train" if only == "val" else "val"
+    return [replace(record, split=splits[record.id]) for record in records]
 
 
 class AssetSource:
@@ -24,6 +46,13 @@ class AssetSource:
     def catalogue(self) -> Catalogue:
         """Raises InputError when the source does not exist or cannot be read."""
         return open_catalogue(self.config.source)
+
+    @cached_property
+    def records(self) -> Sequence[AssetRecord]:
+        """All assets of the source, each with a split: the catalogue's, or :func:`split_by_id`'s where it has none
+        at all (a plain folder)."""
+        records = list(self.catalogue)
+        return records if any(record.split for record in records) else split_by_id(records)
 
     def list(self) -> list[tuple[str, str, str]]:
         """(id, split, license) of every asset that passes the filters, in the catalogue's order, then of what
@@ -38,7 +67,7 @@ class AssetSource:
             max_faces=chosen.max_faces,
             min_aesthetic=chosen.min_aesthetic,
             limit=chosen.limit,
-        ).apply(self.catalogue)
+        ).apply(self.catalogue, self.records)
         listed = [(record.id, record.split or "", record.license or "") for record in records]
         config = self.config
         self.check_splits([*config.mirror, *config.variants])
@@ -51,7 +80,7 @@ class AssetSource:
 
     def check_splits(self, splits: Sequence[str]) -> None:
         """Raises InputError for one that no asset of the source is in."""
-        known = {record.split for record in self.catalogue} if splits else set()
+        known = {record.split for record in self.records} if splits else set()
         for split in splits:
             if split not in known:
                 names = ", ".join(sorted(name for name in known if name)) or "none"

@@ -78,6 +78,10 @@ class Stage(Protocol):
         ...
 
 
+#: Less rounds to nothing in the stored pictures.
+_LEAST_ALPHA = 0.5 / 255
+
+
 class ViewStage:
     """One view set, with cameras drawn for each asset from (seed, asset id, name of the set)."""
 
@@ -119,6 +123,8 @@ class ViewStage:
         config = replace(self.config.render, outputs=("depths",) if self.view_set.depths else ())
         with clock("render"):
             views = render_views(mesh, viewmats, Ks, size, size, config)
+        if not bool((views.alphas > _LEAST_ALPHA).any()):
+            raise InputError(f"nothing of it can be seen: all {len(views)} views are blank")
         members: dict[str, bytes] = {}
         with clock("encode"):
             for i in range(len(views)):

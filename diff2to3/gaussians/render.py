@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from diff2to3.errors import InputError
+from diff2to3.kernels.library import TooManyError
 from diff2to3.kernels.rasterize import Rendering, rasterize
 from diff2to3.types import Gaussians
 
@@ -33,9 +37,43 @@ def render(
         viewmats: [V, 4, 4] world -> camera. Ks: [V, 3, 3] in pixels.
         background: a grey level, [3] or [V, 3]; black if None.
         depth: also Σ weight · z, in object units.
+
+    Raises InputError for a picture in which Gaussians overlap 2^31 tiles or more. Where only all views together do,
+    they are rendered in parts.
     """
     if isinstance(background, int | float):
         background = gaussians.means.new_full((3,), float(background))
+    options: dict[str, Any] = {"depth": depth, "eps2d": eps2d, "antialiased": antialiased, "backend": backend}
+    try:
+        return _rasterize(gaussians, viewmats, Ks, width, height, background, options)
+    except TooManyError as error:
+        if len(viewmats) == 1:
+            raise InputError(
+                f"{len(gaussians):,} Gaussians overlap more than 2^31 tiles of 16 x 16 pixels in one picture of "
+                f"{width} x {height}: make the picture smaller, or take out Gaussians that fill all of it"
+            ) from error
+    half = len(viewmats) // 2
+    backgrounds: list[Tensor | None] = [background, background]
+    if background is not None and background.ndim == 2:
+        backgrounds = [background[:half], background[half:]]
+    parts = [
+        render(gaussians, viewmats[rows], Ks[rows], width, height, background=colors, **options)
+        for rows, colors in zip((slice(half), slice(half, None)), backgrounds, strict=True)
+    ]
+    colors, alphas = torch.cat([part.colors for part in parts]), torch.cat([part.alphas for part in parts])
+    depths = [part.depths for part in parts if part.depths is not None]
+    return Rendering(colors, alphas, torch.cat(depths) if depths else None)
+
+
+def _rasterize(
+    gaussians: Gaussians,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    background: Tensor | None,
+    options: dict[str, Any],
+) -> Rendering:
     return rasterize(
         gaussians.means,
         gaussians.quats,
@@ -47,10 +85,7 @@ def render(
         height,
         sh=gaussians.sh,
         backgrounds=background,
-        depth=depth,
-        eps2d=eps2d,
-        antialiased=antialiased,
-        backend=backend,
+        **options,
     )
 
 

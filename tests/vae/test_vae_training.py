@@ -95,6 +95,22 @@ def test_every_weight_learns_and_a_few_steps_lower_the_loss() -> None:
     assert values[-1] < 0.8 * values[0]
 
 
+def test_gaussians_that_are_no_numbers_give_that_asset_a_loss_that_is_none() -> None:
+    """Not an error of the rasteriser: the training loop stops at the loss, names the asset and saves the batch."""
+    objective = VaeObjective(*networks(), VaeLossConfig(lpips=0.0, edges=0.1))
+    batch = tiny_batch()
+    good = objective(batch, Randomness(3, 0))
+    batch.voxels.feats[-1] = torch.inf
+    found = objective(batch, Randomness(3, 0))
+    assert set(found) == set(good)
+    for name, value in found.items():
+        assert torch.allclose(value[0], good[name][0]) and not bool(value[1].isfinite()), name
+    found["loss"].sum().backward()
+    assert all(
+        p.grad is not None for p in objective.parameters()
+    )  # as many as in any step, for other processes
+
+
 def test_size_schedule() -> None:
     objective = VaeObjective(*networks(), VaeLossConfig(lpips=0.0), sizes=((2, 16), (5, 32)))
     assert [objective.size_at(s) for s in (0, 2, 4, 5, 99)] == [None, 16, 16, 32, 32]

@@ -96,6 +96,8 @@ class VaeObjective(nn.Module):
         """The losses of one object over its views: scalars by name."""
         with torch.autocast(background.device.type, enabled=False):
             gaussians = gaussians.to(dtype=torch.float32)
+            if not all_finite(gaussians):
+                return self.not_a_number(gaussians)
             drawn, target = drawn_and_true(gaussians, views, background)
             squared = losses.l2(drawn, target)
             terms = {
@@ -114,6 +116,18 @@ class VaeObjective(nn.Module):
                 terms["lpips"] = self.perceptual[0].to(drawn.device)(drawn.clamp(0, 1), target).mean()
         return terms
 
+    def not_a_number(self, gaussians: Gaussians) -> dict[str, Tensor]:
+        """The losses of Gaussians that cannot be drawn: NaN, by which the training loop stops and names the asset.
+
+        They depend on the networks as any loss does, so that no process waits for another's gradients.
+        """
+        tensors = (gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, gaussians.sh)
+        value = torch.stack([tensor.sum() for tensor in tensors]).sum() * torch.nan
+        names = ["l1", "l2", "ssim", "volume", "opacity", "psnr"]
+        names += ["edges"] if self.loss.edges else []
+        names += ["lpips"] if self.loss.lpips and self.perceptual[0] is not None else []
+        return dict.fromkeys(names, value)
+
     def noise(self, voxels: SparseVoxels, ids: tuple[str, ...], randomness: Any) -> Tensor:
         """ε of every voxel, drawn an asset at a time."""
         shape = [(n, self.encoder.config.latent_channels) for n in voxels.cu_seqlens.diff().tolist()]
@@ -130,6 +144,12 @@ class VaeObjective(nn.Module):
             if step >= start:
                 current = size
         return current
+
+
+def all_finite(gaussians: Gaussians) -> bool:
+    """Whether no parameter is NaN or infinite: what the rasteriser asks for."""
+    tensors = (gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, gaussians.sh)
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def of_asset(views: Views, index: int, per_asset: int) -> Views:
