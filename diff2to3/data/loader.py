@@ -15,7 +15,7 @@ import json
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from diff2to3.data.pictures import shrink
+from diff2to3.data.pictures import PackedViews, pack_views, shrink, unpack_views
 from diff2to3.data.plan import PlannedAsset
 from diff2to3.data.store import AssetStore, feature_stage, occupancy
 from diff2to3.errors import InputError
@@ -213,7 +213,7 @@ class TrainLoader:
         )
         for batch in batches:
             self.load_state_dict(batch.state)
-            yield batch
+            yield replace(batch, views={name: unpack_views(views) for name, views in batch.views.items()})
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch begins: plain numbers, the same on all ranks."""
@@ -263,14 +263,18 @@ class _BatchReader(Dataset[Batch]):
             r: torch.stack([occupancy(self.store.coords(a, r), r) for a in assets]) for r in config.occupancy
         }
         tensors = {name: [self._tensors(item, name) for item in plan.items] for name in config.tensors}
-        views = {name: self._views(plan, name, count) for name, count in config.views.items()}
+        views: dict[str, Any] = {name: self._views(plan, name, count) for name, count in config.views.items()}
         ids = tuple(asset.id for asset in assets)
         state = _state(plan.after, self.seed, len(self.assets))
         return Batch(plan.step, ids, voxels, views, grids, tensors, state)
 
-    def _views(self, plan: StepPlan, name: str, count: int) -> Views:
-        """``count`` random views an asset, without repetition, drawn from (seed, epoch, asset, set) alone."""
-        picked = []
+    def _views(self, plan: StepPlan, name: str, count: int) -> Views | PackedViews:
+        """``count`` random views an asset, without repetition, drawn from (seed, epoch, asset, set) alone.
+
+        Packed to 8 bits a channel unless they were shrunk: they go to the loop through shared memory, of which a
+        container has 64 MB, and one step's views in float32 can take more.
+        """
+        picked, whole = [], True
         for epoch, index in plan.items:
             stored = self.store.open(self.assets[index], f"views_{name}")
             total = int(stored.info["num_views"])
@@ -280,14 +284,17 @@ class _BatchReader(Dataset[Batch]):
             generator = np.random.default_rng([self.seed, epoch, index, *salt])
             chosen = generator.choice(total, count, replace=False).tolist()
             views = stored.views(chosen, self.config.depths)
-            picked.append(shrink(views, self.config.view_size or views.width))
-        return Views(
+            small = shrink(views, self.config.view_size or views.width)
+            whole = whole and small is views
+            picked.append(small)
+        together = Views(
             torch.cat([v.images for v in picked]),
             torch.cat([v.alphas for v in picked]),
             torch.cat([v.viewmats for v in picked]),
             torch.cat([v.Ks for v in picked]),
             torch.cat([v.depths for v in picked if v.depths is not None]) if self.config.depths else None,
         )
+        return pack_views(together) if whole else together
 
     def _tensors(self, item: tuple[int, int], name: str) -> dict[str, Tensor]:
         """A member, or one of those that match, drawn from (seed, epoch, asset, pattern) alone."""

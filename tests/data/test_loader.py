@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diff2to3.data.loader import Batch, Cursor, LoaderConfig, StepPacker, TrainLoader
-from diff2to3.data.pictures import shrink
+from diff2to3.data.loader import Batch, Cursor, LoaderConfig, StepPacker, StepPlan, TrainLoader, _BatchReader
+from diff2to3.data.pictures import pack_views, shrink, unpack_views
 from diff2to3.data.store import AssetStore
 from diff2to3.errors import InputError
+from diff2to3.types import Views
 
 EVERYTHING = LoaderConfig(
     split=None,
@@ -110,6 +111,29 @@ class TestBatches:
                 assert torch.equal(batch.occupancy[32][b].nonzero().to(torch.int32), coords)
                 stored = batch.tensors["voxels_16/coords.safetensors"][b]["coords"]
                 assert torch.equal(stored.to(torch.int32), want.coords[:, 1:])
+
+    def test_views_travel_at_8_bits_a_channel(self, prepared: Path) -> None:
+        """Through the queue of the workers; what arrives is what was stored, to the last bit."""
+        config = LoaderConfig(split=None, views={"input": 6}, num_workers=0)
+        loader = TrainLoader(prepared, config, seed=0)
+        ranks, after = loader.packer.next_step(Cursor())
+        reader = _BatchReader(loader.store, loader.assets, config, 0)
+        sent = reader[StepPlan(0, tuple(ranks[0]), after)].views["input"]
+        (batch,) = take(loader, 1)
+        arrived = batch.views["input"]
+        size = sum(t.numel() * t.element_size() for t in vars(sent).values() if t is not None)
+        floats = sum(t.numel() * t.element_size() for t in (arrived.images, arrived.alphas))
+        assert sent.rgba.dtype == torch.uint8 and size < 0.3 * floats
+        stored = loader.store.views(loader.assets[ranks[0][0][1]], "input")
+        for image, alpha, viewmat in zip(stored.images, stored.alphas, stored.viewmats, strict=True):
+            (view,) = [i for i in range(6) if torch.equal(arrived.viewmats[i], viewmat)]
+            assert torch.equal(arrived.images[view], image) and torch.equal(arrived.alphas[view], alpha)
+
+    def test_every_byte_survives_packing(self) -> None:
+        image = (torch.arange(256, dtype=torch.float32) / 255).reshape(1, 16, 16, 1).expand(1, 16, 16, 3)
+        views = Views(image.contiguous(), image[..., 0].contiguous(), torch.eye(4)[None], torch.eye(3)[None])
+        back = unpack_views(pack_views(views))
+        assert torch.equal(back.images, views.images) and torch.equal(back.alphas, views.alphas)
 
     def test_views_can_be_shrunk_and_come_with_depth(self, prepared: Path) -> None:
         small = LoaderConfig(split=None, views={"input": 6}, view_size=16, num_workers=0)
