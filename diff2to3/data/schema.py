@@ -215,6 +215,40 @@ class MapConfig:
 
 
 @dataclass(frozen=True)
+class PhotoVoxelConfig:
+    """Features of assets on the voxels of their photographs' frames.
+
+    photographs      the set of photographs
+    features         the feature sets side by side, as the 2to3-VAE's encoder takes them; lifted from their views
+    num_photographs  the first so many of each asset's
+    most_lost        photographs of which more than this share of the voxels lies outside the cube are left out
+    """
+
+    photographs: str = "photo"
+    features: list[str] = field(default_factory=list)
+    num_photographs: int = 3
+    most_lost: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.num_photographs < 1:
+            raise ValueError(f"num_photographs: expected at least 1, got {self.num_photographs}")
+
+
+@dataclass(frozen=True)
+class PhotoLatentConfig:
+    """What stage 2 is trained on in the photo frame.
+
+    bundle       folder of a bundle with the networks ``encoder`` and ``image_encoder``
+    photovoxels  the set of features
+    maps         the set of maps
+    """
+
+    bundle: str = MISSING
+    photovoxels: str = "photo"
+    maps: str = "photo"
+
+
+@dataclass(frozen=True)
 class LimitConfig:
     """What one asset may cost before it is given up and reported.
 
@@ -249,6 +283,8 @@ class DataConfig:
     points       numbers of points on the surface: a stage points_<number> each
     photographs  name -> photographs as people take them, with the occupancy of their photo frames (stage 1)
     maps         name -> what a frozen image network says of photographs
+    photovoxels  name -> features on the voxels of photographs' frames (the 2to3-VAE in the photo frame)
+    photolatents name -> latents of these, with what is seen of the photographs (stage 2 in the photo frame)
     features     name -> features
     weights      provider -> local file or folder, or hub name, for features that do not say themselves
     """
@@ -272,6 +308,8 @@ class DataConfig:
     tokens: dict[str, TokenSetConfig] = field(default_factory=dict)
     photographs: dict[str, PhotographConfig] = field(default_factory=dict)
     maps: dict[str, MapConfig] = field(default_factory=dict)
+    photovoxels: dict[str, PhotoVoxelConfig] = field(default_factory=dict)
+    photolatents: dict[str, PhotoLatentConfig] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -289,7 +327,15 @@ class DataConfig:
         for name in self.weights:
             if name not in PROVIDERS:
                 raise ValueError(f"weights: unknown provider {name!r}; known are {', '.join(PROVIDERS)}")
-        encodings = (*self.latents, *self.structures, *self.tokens, *self.photographs, *self.maps)
+        encodings = (
+            *self.latents,
+            *self.structures,
+            *self.tokens,
+            *self.photographs,
+            *self.maps,
+            *self.photovoxels,
+        )
+        encodings = (*encodings, *self.photolatents)
         for name in (*self.view_sets, *self.features, *encodings):
             if not name.isidentifier():
                 raise ValueError(f"{name!r}: names of sets are letters, digits and _")

@@ -25,6 +25,7 @@ from safetensors.torch import save as save_tensors
 
 from diff2to3.config import config_to_dict
 from diff2to3.data.encodings import LatentStage, StructureStage, TokenStage
+from diff2to3.data.photo_voxels import PhotoLatentStage, PhotoVoxelStage
 from diff2to3.data.photographs import MapStage, PhotographStage
 from diff2to3.data.pictures import encode_depth, encode_image
 from diff2to3.data.plan import PlannedAsset
@@ -285,6 +286,8 @@ KINDS: dict[str, Any] = {
     "tokens": TokenStage,
     "photographs": PhotographStage,
     "maps": MapStage,
+    "photovoxels": PhotoVoxelStage,
+    "photolatents": PhotoLatentStage,
 }
 
 
