@@ -21,10 +21,10 @@ from diff2to3.config import config_to_dict
 from diff2to3.data.loader import LoaderConfig, TrainLoader
 from diff2to3.data.store import AssetStore
 from diff2to3.errors import InputError
-from diff2to3.evaluation.reconstruction import pictures, scores
+from diff2to3.metrics.pairs import pair_values
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
-from diff2to3.training.tasks.vae import DataConfig, StartConfig
+from diff2to3.training.tasks.vae import DataConfig, StartConfig, on_white
 from diff2to3.training.tasks.vae_objective import VaeLossConfig, VaeObjective
 from diff2to3.types import Gaussians, SparseVoxels, Views
 from diff2to3.vae.config import DecoderConfig, EncoderConfig
@@ -186,7 +186,7 @@ class PhotoVaeTask:
         rows = []
         for asset in assets:
             gaussians, views = self.reconstructed(objective, store, asset)
-            pairs = torch.stack([views.composite(1.0), pictures(gaussians, views)], 1).flatten(0, 1)
+            pairs = torch.stack([views.composite(1.0), on_white(gaussians, views)], 1).flatten(0, 1)
             rows.append(torch.cat(list(pairs), 1))
         return {"reconstructions": torch.cat(rows, 0)} if rows else {}
 
@@ -196,7 +196,8 @@ class PhotoVaeTask:
         store, assets = self.validation(self.config.data.validation_assets)
         values: dict[str, list[float]] = {"psnr": [], "psnr_foreground": [], "ssim": []}
         for asset in assets:
-            found = scores(*self.reconstructed(objective, store, asset))
+            gaussians, views = self.reconstructed(objective, store, asset)
+            found = pair_values(on_white(gaussians, views), views.composite(1.0), views.alphas, None)
             for name, numbers in values.items():
                 numbers.append(found[name])
         return {name: sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
