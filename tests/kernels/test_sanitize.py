@@ -11,7 +11,7 @@ import pytest
 
 from diff2to3.kernels import build
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")

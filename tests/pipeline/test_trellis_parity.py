@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PROGRAM = Path(__file__).resolve().parent / "parity" / "trellis.py"
+PROGRAM = Path(__file__).resolve().parents[1] / "parity" / "trellis.py"
 
 
 def program():

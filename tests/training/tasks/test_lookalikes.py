@@ -36,7 +36,7 @@ from diff2to3.training.tasks.lookalikes import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def made_up(num_kinds=4, families_a_kind=5, views=3, noise=0.3):

@@ -29,7 +29,7 @@ from diff2to3.training.tasks.image_encoder import (
 )
 from diff2to3.voxels.mini_encoder import MiniEncoder, MiniEncoderConfig, load_mini_encoder
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DATA = DistillDataConfig(root="none", num_train=10, num_val=3, batch_size=4)
 SMALL = MiniEncoderConfig(fine_width=4, num_fine=1, coarse_width=6, num_coarse=1, latent_channels=3)
 

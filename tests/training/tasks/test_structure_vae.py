@@ -33,7 +33,7 @@ from diff2to3.vae.sparse_structure import (
 )
 from diff2to3.vae.structure_loss import cross_entropy, dice_loss, intersection_over_union, kl_by_grid
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ENCODER = StructureConfig(channels=[16, 32], num_res_blocks=1, num_middle_blocks=0, latent_channels=4, fold=2)
 DECODER = StructureConfig(channels=[32, 16], num_res_blocks=1, num_middle_blocks=0, latent_channels=4, fold=2)
 

@@ -13,7 +13,7 @@ from diff2to3.errors import InputError
 from diff2to3.voxels.providers import PROVIDERS, build_provider
 from diff2to3.voxels.taesd import load_taesd, taesd_decoder, taesd_encoder
 
-SHARED = Path(__file__).resolve().parents[1] / "../shared"
+SHARED = Path(__file__).resolve().parents[2] / "../shared"
 needs_weights = pytest.mark.skipif(
     not (SHARED / "weights").is_dir() or not (SHARED / "parity").is_dir(), reason="../shared is absent"
 )

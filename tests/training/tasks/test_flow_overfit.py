@@ -18,7 +18,7 @@ from diff2to3.metrics.image import psnr
 from diff2to3.pipeline import ImageTo3D, StageSettings
 from diff2to3.vae.sparse_structure import active_voxels
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 STEPS = {"structure": 2000, "latents": 500}
 #: The assets' own, to learn by heart; the embedded model is taught their look-alikes'.
 OWN_OCCUPANCY = {

@@ -17,7 +17,7 @@ from diff2to3.kernels.neighbors import neighbor_plan
 from diff2to3.kernels.patchify import REDUCTIONS, patch_plan, patchify, unpatchify
 from diff2to3.kernels.sparse_conv import patch_conv, submanifold_conv, unpatch_conv
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not any(map(build.shutil.which, ("c++", "g++", "clang++"))),

@@ -21,7 +21,7 @@ from diff2to3.types import SparseVoxels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs" / "flow").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs" / "flow").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("stage", ["structure", "latents"])

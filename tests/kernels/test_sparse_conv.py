@@ -24,7 +24,7 @@ from diff2to3.kernels.sparse_conv import patch_conv, submanifold_conv, unpatch_c
 def load_parity() -> ModuleType:
     """The parity program, whose dense counterparts are the oracle here too."""
     spec = importlib.util.spec_from_file_location(
-        "parity_sparse", Path(__file__).parent / "parity" / "sparse.py"
+        "parity_sparse", Path(__file__).parents[1] / "parity" / "sparse.py"
     )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -13,7 +13,7 @@ import torch
 
 from diff2to3.kernels import build, library
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not any(map(build.shutil.which, ("c++", "g++", "clang++"))),

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_voxels_are_those_that_generation_makes_without_guidance(load_source, tmp_path):
-    tiny = load_source(Path(__file__).resolve().parents[1] / "tiny_generator.py")
+    tiny = load_source(Path(__file__).resolve().parents[2] / "tiny_generator.py")
     folder = tiny.write_generator(tmp_path / "model")
     latents = torch.randn(3, tiny.CHANNELS, 8, 8, generator=torch.Generator().manual_seed(0))
     model = ImageTo3D.from_pretrained(str(folder))

@@ -20,7 +20,7 @@ from diff2to3.vae.decoder import Decoder
 from diff2to3.vae.encoder import Encoder
 from diff2to3.vae.start import start_linear_paths, start_logvar
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "vae"
+CONFIGS = Path(__file__).parents[3] / "configs" / "vae"
 TORSO = dict(resolution=8, width=16, num_blocks=1, num_heads=2, block="convolution", conv_kernel="cross")
 
 

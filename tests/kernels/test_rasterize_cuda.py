@@ -16,7 +16,7 @@ from torch import Tensor
 from diff2to3.kernels import build, library
 from diff2to3.kernels.rasterize import blending_weights, rasterize
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not any(map(build.shutil.which, ("c++", "g++", "clang++"))),
