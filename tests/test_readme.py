@@ -61,6 +61,9 @@ def test_command(command: str, tmp_path: Path) -> None:
         check_pip(words)
     elif program == "pytest":
         run(sys.executable, "-m", "pytest", *words[1:], "--collect-only", "-q", "tests/test_readme.py")
+    elif words[:2] in (["diff2to3", "serve"], ["diff2to3", "view"]):  # one never ends, one opens a browser
+        shown = help_of(sys.executable, "-m", "diff2to3.cli", words[1])
+        assert all(word in shown for word in words if word.startswith("--"))
     elif program == "diff2to3":
         for option in ("-o", "--turntable"):  # files are made, but not in the checkout
             if option in words:
