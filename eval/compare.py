@@ -19,17 +19,20 @@ from pathlib import Path
 
 from diff2to3.errors import InputError
 from diff2to3.evaluation.cli import (
-    WEIGHTS,
     Worker,
+    add_benchmark_arguments,
     choose_ids,
     load_protocol,
     main_of,
     parse_weights,
+    print_notes,
     score_method,
 )
+from diff2to3.evaluation.engine import Plan
 from diff2to3.evaluation.report import write_report
-from diff2to3.evaluation.scores import Scorer
-from diff2to3.evaluation.sources import Source, open_source
+from diff2to3.evaluation.scores import benchmark_metrics
+from diff2to3.evaluation.sources import open_source
+from diff2to3.evaluation.subjects import Source
 
 PROTOCOL = Path(__file__).resolve().parent / "protocol" / "compare.yaml"
 
@@ -65,12 +68,15 @@ def run(args: argparse.Namespace) -> int:
     methods: dict[str, Source] = {
         name: open_source(spec, device, args.offline) for name, spec in named(args.methods).items()
     }
-    scorer = Scorer.build(rules, parse_weights(args.weights), device, args.offline)
+    metrics, missing = benchmark_metrics(rules, parse_weights(args.weights), device, args.offline)
+    print_notes(missing)
     tables = {}
     for name, method in methods.items():
-        out = args.out / folder_name(name)
-        table = score_method(out, method, truth, scorer, ids, notes, device, Worker())
-        assert table is not None
+        plan = Plan(rules, truth, ((method.name, method),), metrics, str(device))
+        table = score_method(
+            args.out / folder_name(name), plan, ids, [*notes, *missing], Worker(), args.workers
+        )
+        assert table is not None  # there is one process
         tables[name] = table
     report = write_report(args.out, tables, methods, truth, rules, ids[: args.pictures], device)
     for name, table in tables.items():
@@ -86,16 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("methods", nargs="+", metavar="[NAME=]SOURCE")
     parser.add_argument("--truth", required=True)
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--protocol", type=Path, help="a YAML file (default: eval/protocol/compare.yaml)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the protocol")
-    parser.add_argument("--ids", help="a file with one id a line: the assets to compare")
-    parser.add_argument(
-        "--weights", nargs="*", default=[], metavar="NAME=PATH", help=f"of {', '.join(WEIGHTS)}"
-    )
     parser.add_argument("--pictures", type=int, default=20, help="assets shown in the report")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--offline", action="store_true", help="never open a connection")
+    add_benchmark_arguments(parser)
     return main_of(run, parser, argv)
 
 

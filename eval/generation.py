@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -32,40 +31,49 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diff2to3.assets import AssetRecord
-from diff2to3.config import config_to_dict
 from diff2to3.errors import InputError
 from diff2to3.evaluation.assets import AssetList, choose_assets
-from diff2to3.evaluation.cli import WEIGHTS, Worker, check_arguments, main_of, parse_weights
-from diff2to3.evaluation.generation import (
-    METHODS,
-    Setup,
-    generation_rules,
-    load_extractors,
-    load_model,
-    method_rows,
-    paired,
-    save_picture,
-    score_asset,
-    set_scores,
-    write_records,
+from diff2to3.evaluation.cli import (
+    WEIGHTS,
+    Worker,
+    add_model_arguments,
+    check_arguments,
+    main_of,
+    parse_weights,
 )
-from diff2to3.evaluation.parallel import default_workers, resume_folder, run_items
-from diff2to3.evaluation.protocol import draw_ids
-from diff2to3.evaluation.reconstruction import load_lpips, model_digest, model_lighting
+from diff2to3.evaluation.engine import Plan, run_plan
+from diff2to3.evaluation.models import Generator, model_digest, model_lighting
+from diff2to3.evaluation.protocol import PhotoProtocol, draw_ids, generation_rules
+from diff2to3.evaluation.report import Sheet
 from diff2to3.evaluation.results import (
     intervals_of,
     markdown_table,
     mean_of,
+    paired,
     result_of,
     text_table,
-    write_gallery,
+    write_sheets,
 )
-from diff2to3.evaluation.retrieval import NUM_VIEWS, IndexSetup, build_index
+from diff2to3.evaluation.retrieval import (
+    NUM_VIEWS,
+    IndexSetup,
+    Library,
+    RandomAssets,
+    Retrieval,
+    build_index,
+    write_library,
+)
+from diff2to3.evaluation.runs import RunFolder, unfinished_run
+from diff2to3.evaluation.scores import SET_EXTRACTORS, given_metrics
+from diff2to3.evaluation.sources import MeshSource
+from diff2to3.evaluation.subjects import Source
+from diff2to3.evaluation.summary import scores_of, set_estimates
 from diff2to3.files import write_atomic
 
 #: Training assets that random draws choose from: showing all of them would take longer than everything else.
 POOL = 64
+#: The model's own results; the baselines' are under the names of their sources.
+OURS = "ours"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,15 +82,12 @@ def run(args: argparse.Namespace) -> int:
     check_arguments(args, bounds, ("limit", "steps"))
     weights = {name: path for name, path in parse_weights(args.weights).items() if path != "none"}
     device = Worker().device(args.device)
-    rules = generation_rules(args.views, args.resolution, args.seed)
-    setup = Setup(args.model, rules, device=str(device), offline=args.offline, steps=args.steps)
-    model = load_model(setup)  # bad weights are found before anything is rendered
+    model = Generator(args.model, str(device), args.offline, args.steps, nothing=True)
+    model.load()  # bad weights are found before anything is rendered
     name, digest = model_digest(args.model, args.offline)
-    rules = generation_rules(args.views, args.resolution, args.seed, model_lighting(args.model, args.offline))
-    setup = replace(setup, rules=rules, resolution=int(model.networks.latent_flow.config.resolution))
-    setup = replace(setup, weights=tuple(sorted(weights.items())))
-    load_extractors(setup)
-    load_lpips(weights.get("lpips"), rules.lpips_net, setup.device)
+    lighting = model_lighting(args.model, args.offline)
+    rules = generation_rules(args.views, args.resolution, args.seed, lighting, model.grid)
+    metrics = given_metrics(rules, weights, device, args.offline)
     assets = choose_assets(args.assets, args.split, args.ids, args.limit)
     train, notes = training_assets(args, assets)
     notes = [*assets.notes, *notes]
@@ -91,21 +96,31 @@ def run(args: argparse.Namespace) -> int:
         notes.append(f"left out: {', '.join(absent)}: no weights; give --weights NAME=PATH")
     settings: dict[str, Any] = {
         "model": {"name": name, "sha256": digest, "steps": args.steps},
-        "protocol": config_to_dict(rules),
+        "protocol": rules.to_dict(),
         "protocol_sha256": rules.digest(),
         "split": args.split,
         "train": {"num_assets": len(train.records), "sha256": train.fingerprint()},
     }
     identity = {**settings, "assets": assets.fingerprint(), "weights": weights, "baselines": args.baselines}
-    setup, more = with_baselines(args, setup, train)
-    folder = resume_folder(args.out, identity)
-    setup = replace(setup, features=str(folder.path) if set(weights) & {"inception", "dinov2"} else "")
-    items = [(record.id, record) for record in assets.records]
-    outcomes = run_items(folder, score_asset, setup, items, workers=args.workers, label="generation")
-    result = collect(assets.records, outcomes, setup, settings, [*notes, *more], device, start)
-    write_atomic(args.out, json.dumps(result, indent=1) + "\n")
-    report(args, setup, assets, result)
-    shutil.rmtree(folder.path)
+    others, more = baselines(args, rules, train)
+    methods = ((OURS, model), *((source.name, source) for source in others))
+    plan = Plan(rules, MeshSource(tuple(args.assets), args.split), methods, metrics, str(device))
+    with unfinished_run(args.out, identity) as folder:
+        plan = replace(plan, features=str(folder.path) if set(weights) & set(SET_EXTRACTORS) else "")
+        ids = [record.id for record in assets.records]
+        lines = run_plan(folder, plan, ids, label="generation", workers=args.workers)
+        result = result_of(
+            "generation",
+            assets.records,
+            scores_of(lines, OURS),
+            settings=settings,
+            notes=[*notes, *more],
+            device=device,
+            seconds=time.perf_counter() - start,
+        )
+        add_baselines(result, folder, plan, lines, [n for n in SET_EXTRACTORS if n in weights])
+        write_atomic(args.out, json.dumps(result, indent=1) + "\n")
+        report(args, plan, result)
     return 0 if result["assets"] else 1
 
 
@@ -128,77 +143,66 @@ def training_assets(args: argparse.Namespace, assets: AssetList) -> tuple[AssetL
     return AssetList(kept, []), notes
 
 
-def with_baselines(args: argparse.Namespace, setup: Setup, train: AssetList) -> tuple[Setup, list[str]]:
-    """The setup with an index of the training views, made once."""
+def baselines(
+    args: argparse.Namespace, rules: PhotoProtocol, train: AssetList
+) -> tuple[list[Source], list[str]]:
+    """(sources, notes): retrieval, with an index of the training views that is made once, and random assets."""
     if not train.records:
-        return setup, []
+        return [], []
     cache = args.cache or Path.home() / ".cache" / "diff2to3" / "evaluation"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        index, failed = build_index(cache, IndexSetup(setup.rules, NUM_VIEWS), train.records, args.workers)
-        records = write_records(cache, train)
+        index, failed = build_index(cache, IndexSetup(rules, NUM_VIEWS), train.records, args.workers)
+        library = Library(str(write_library(cache, train)), rules)
     except OSError as error:
         raise InputError(f"--cache {cache}: cannot be written: {error.strerror or error}") from error
     broken = {line.split(":")[0] for line in failed}
     known = [record.id for record in train.records if record.id not in broken]
-    pool = tuple(draw_ids(known, POOL, setup.rules.seed))
-    drawn = f"{min(setup.num_random, len(pool))} of {len(pool)} of them an asset, drawn with seed {setup.rules.seed}"
+    others = RandomAssets(library, tuple(draw_ids(known, POOL, rules.seed)))
+    count, of = min(others.count, len(others.pool)), len(others.pool)
+    drawn = f"{count} of {of} of them an asset, drawn with seed {rules.seed}"
     notes = [f"retrieval: {NUM_VIEWS} views of each of {len(known)} training assets; random: {drawn}"]
     notes += [f"training asset left out: {line}" for line in failed]
-    return replace(setup, index=str(index), train=str(records), pool=pool), notes
+    return [Retrieval(library, str(index)), others], notes
 
 
-def collect(
-    records: Sequence[AssetRecord],
-    outcomes: Mapping[str, Mapping[str, Any]],
-    setup: Setup,
-    settings: Mapping[str, Any],
-    notes: Sequence[str],
-    device: Any,
-    start: float,
-) -> dict[str, Any]:
-    """The result: ``mean`` and ``assets`` are the model's own; ``baselines`` and ``differences`` beside them."""
-    rows = {method: method_rows(outcomes, method) for method in METHODS}
-    own = {
-        name: {"values": rows["ours"][name]} if name in rows["ours"] else row
-        for name, row in outcomes.items()
-    }
-    result = result_of(
-        "generation",
-        records,
-        own,
-        settings=settings,
-        notes=notes,
-        device=device,
-        seconds=time.perf_counter() - start,
-    )
-    sets = set_scores(setup, list(rows["ours"]), [m for m in METHODS if rows[m]])
-    result["mean"] |= sets.get("ours", {})
+def add_baselines(
+    result: dict[str, Any],
+    folder: RunFolder,
+    plan: Plan,
+    lines: Mapping[str, Mapping[str, Any]],
+    extractors: Sequence[str],
+) -> None:
+    """FD and KD into the result's ``mean``, and beside it ``baselines``, ``differences`` and ``baseline_assets``."""
+    scores = {key: scores_of(lines, key) for key, _ in plan.methods}
+    sets = {}
+    for key, held in scores.items():
+        estimates = set_estimates(folder, key, held.values, extractors, plan.rules, resamples=0)
+        sets[key] = {name: e.value for name, e in estimates.items()}
+    result["mean"] |= sets[OURS]
+    others = {key: held for key, held in scores.items() if key != OURS and held.values}
     result["baselines"] = {
-        method: {"mean": mean_of(rows[method]) | sets.get(method, {}), "interval": intervals_of(rows[method])}
-        for method in METHODS[1:]
-        if rows[method]
+        key: {"mean": mean_of(held.values) | sets[key], "interval": intervals_of(held.values)}
+        for key, held in others.items()
     }
     result["differences"] = {
-        method: paired(rows["ours"], rows[method], result["mean"], held["mean"])
-        for method, held in result["baselines"].items()
+        key: paired(scores[OURS].values, held.values, result["mean"], result["baselines"][key]["mean"])
+        for key, held in others.items()
     }
-    nothing = [name for name, row in outcomes.items() if "nothing" in row.get("values", {})]
+    nothing = [i for i, remarks in scores[OURS].remarks.items() if "nothing" in remarks]
     if nothing:
         result["notes"].append(
             f"{len(nothing)} assets of which the model made nothing are scored as empty space: {', '.join(nothing)}"
         )
     result["baseline_assets"] = {
-        name: {
-            k: row["values"][k] for k in ("retrieved", "retrieval", "drawn", "random") if k in row["values"]
+        i: {
+            k: v for key, held in others.items() for k, v in (*held.remarks[i].items(), (key, held.values[i]))
         }
-        for name, row in sorted(outcomes.items())
-        if "values" in row
+        for i in result["assets"]
     }
-    return result
 
 
-def report(args: argparse.Namespace, setup: Setup, assets: AssetList, result: dict[str, Any]) -> None:
+def report(args: argparse.Namespace, plan: Plan, result: dict[str, Any]) -> None:
     """Print the tables, and show some assets."""
     counts = result["num_assets"]
     methods = {f"{args.model}": result["mean"]} | {n: h["mean"] for n, h in result["baselines"].items()}
@@ -223,59 +227,38 @@ def report(args: argparse.Namespace, setup: Setup, assets: AssetList, result: di
     names = draw_ids(result["assets"], args.pictures, 1) if args.pictures else []
     if not names:
         return
-    folder = args.out.with_name(f"{args.out.stem}_pictures")
-    folder.mkdir(exist_ok=True)
-    records = {record.id: record for record in assets.records}
-    items, shown = [], []
-    for number, name in enumerate(names, 1):
-        picture = f"{number:02d}.png"
-        items.append((f"picture of {name}", (records[name], str(folder / picture))))
-        numbers = ", ".join(f"{k} {v:.4g}" for k, v in result["assets"][name].items() if v is not None)
-        shown.append((name, numbers, picture))
-    run_items(None, save_picture, setup, items, workers=args.workers, label="pictures")
-    intro = [
+    intro = (
         f"Model {result['model']['name']}. Assets drawn at random. First column: the photo; then a row each of the "
         "asset, what was generated, and the training asset that looks most like the photo."
-    ]
-    write_gallery(folder / "index.html", "Generation", intro, [*tables, *lines], shown)
-    print(f"pictures: {folder / 'index.html'}")
+    )
+    shown = tuple(key for key, _ in plan.methods if key in (OURS, "retrieval"))
+    page = write_sheets(
+        args.out.with_name(f"{args.out.stem}_pictures"),
+        plan,
+        names,
+        result,
+        [*tables, *lines],
+        title="Generation",
+        intro=intro,
+        sheet=Sheet("", "", shown),
+        workers=args.workers,
+    )
+    print(f"pictures: {page}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="generation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--assets", nargs="+", required=True, help="folders, zips or 3D files; or NAME:FOLDER"
-    )
-    parser.add_argument("--split", help="only assets of this split, where there is a manifest (default: all)")
+    add_model_arguments(parser)
+    parser.add_argument("--steps", type=int, help="of both samplers (default: the model's)")
     parser.add_argument("--train-assets", nargs="+", help="for the baselines (default: those of --assets)")
     parser.add_argument("--train-split", default="train", help="of them (default: %(default)s)")
     parser.add_argument("--no-baselines", dest="baselines", action="store_false")
-    parser.add_argument("--model", default="mini", help="embedded model, folder or hub repository")
-    parser.add_argument("--steps", type=int, help="of both samplers (default: the model's)")
-    parser.add_argument("--views", type=int, default=8, help="compared, an asset (default: %(default)s)")
-    parser.add_argument("--resolution", type=int, default=256, help="pixels a side (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="the result, a JSON file")
-    parser.add_argument("--table", type=Path, help="also the tables, as Markdown")
-    parser.add_argument("--seed", type=int, default=0, help="of cameras and noise (default: %(default)s)")
-    parser.add_argument("--ids", help="a file with one id a line: the assets to score")
-    parser.add_argument("--limit", type=int, help="score only so many of the assets")
-    parser.add_argument("--pictures", type=int, default=16, help="assets to show (default: %(default)s)")
-    parser.add_argument(
-        "--weights", nargs="*", default=[], metavar="NAME=PATH", help=f"of {', '.join(WEIGHTS)}"
-    )
     parser.add_argument(
         "--cache", type=Path, help="folder for what the baselines need (default: ~/.cache/diff2to3)"
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=default_workers(),
-        help="processes; 0: in this one (default: %(default)s)",
-    )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--offline", action="store_true", help="never open a connection")
+    parser.add_argument("--pictures", type=int, default=16, help="assets to show (default: %(default)s)")
     return main_of(run, parser, argv)
 
 

@@ -32,15 +32,17 @@ from pathlib import Path
 from diff2to3.errors import InputError
 from diff2to3.evaluation.cli import (
     Worker,
-    add_arguments,
+    add_benchmark_arguments,
     choose_ids,
     load_protocol,
     main_of,
     parse_weights,
+    print_notes,
     score_method,
 )
+from diff2to3.evaluation.engine import Plan
 from diff2to3.evaluation.protocol import Protocol, draw_ids
-from diff2to3.evaluation.scores import Scorer
+from diff2to3.evaluation.scores import benchmark_metrics
 from diff2to3.evaluation.sources import MeshSource, open_source
 
 PROTOCOLS = Path(__file__).resolve().parent / "protocol"
@@ -61,7 +63,7 @@ def draw(args: argparse.Namespace) -> int:
     """Print the names of what is drawn."""
     if (args.list is None) == (args.assets is None):
         raise InputError("draw: expected one of --assets and --list")
-    known = listed(args.list) if args.list else list(MeshSource(args.assets, args.split).names().values())
+    known = listed(args.list) if args.list else list(MeshSource((args.assets,), args.split).names().values())
     names = draw_ids(known, args.count, args.seed)
     print(f"# {len(names)} of {len(known)} names: those whose sha256 of '{args.seed}:NAME' is least")
     print("\n".join(names))
@@ -80,14 +82,17 @@ def listed(path: Path) -> list[str]:
 def run(args: argparse.Namespace) -> int:
     if args.task == "draw":
         return draw(args)
-    truth = MeshSource(args.assets, args.split)
+    truth = MeshSource((args.assets,), args.split)
     rules = load_protocol(args, PROTOCOLS / f"toys4k_{args.task}.yaml", args.task)
     here = worker()
     device = here.device(args.device)
     ids, notes = choose_ids(args, rules, truth)
     method = open_source(args.method, device, args.offline, args.task)
-    scorer = Scorer.build(rules, parse_weights(args.weights), device, args.offline)
-    table = score_method(args.out, method, truth, scorer, ids, notes, device, here)
+    metrics, missing = benchmark_metrics(rules, parse_weights(args.weights), device, args.offline)
+    plan = Plan(rules, truth, ((method.name, method),), metrics, str(device))
+    if here.rank == 0:
+        print_notes(missing)
+    table = score_method(args.out, plan, ids, [*notes, *missing], here, args.workers)
     if table is None:
         return 0
     print((args.out / "table.md").read_text("utf-8"))
@@ -108,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--seed", type=int, default=Protocol().seed)
     else:
         parser.add_argument("--method", required=True)
-        add_arguments(parser)
+        add_benchmark_arguments(parser)
     return main_of(run, parser, words)
 
 

@@ -44,24 +44,10 @@ def choose_assets(
     Raises:
         InputError: nothing there, an id twice, or no asset of that split.
     """
-    records: dict[str, AssetRecord] = {}
-    for spec in specs:
-        for record in _records(spec):
-            if record.id in records:
-                raise InputError(
-                    f"--assets: two assets are called {record.id!r}; give their folders one by one"
-                )
-            records[record.id] = record
-    if not records:
-        raise InputError(f"--assets {' '.join(specs)}: no 3D file (glb, gltf, obj, ply, stl) in there")
-    notes = []
+    records = find_records(specs, split)
     splits = Counter(record.split for record in records.values())
-    if split is not None:
-        if not splits[split]:
-            known = ", ".join(sorted(name for name in splits if name)) or "none (there is no manifest)"
-            raise InputError(f"--split {split}: no asset is of this split; known are {known}")
-        records = {i: record for i, record in records.items() if record.split == split}
-    elif splits["train"] and len(splits) > 1:
+    notes = []
+    if split is None and splits["train"] and len(splits) > 1:
         notes.append(
             f"{splits['train']} of {len(records)} assets are of the split train; --split val leaves them out"
         )
@@ -73,6 +59,33 @@ def choose_assets(
         chosen = sorted(ranked[:limit], key=lambda record: record.id)
         notes.append(f"{limit} of {len(records)} assets (--limit)")
     return AssetList(chosen, notes)
+
+
+def find_records(specs: Sequence[str], split: str | None = None) -> dict[str, AssetRecord]:
+    """All records by id, as :func:`choose_assets` finds them, in the order of the catalogues. InputError likewise."""
+    records: dict[str, AssetRecord] = {}
+    for spec in specs:
+        for record in _records(spec):
+            if record.id in records:
+                raise InputError(
+                    f"--assets: two assets are called {record.id!r}; give their folders one by one"
+                )
+            records[record.id] = record
+    if not records:
+        raise InputError(f"--assets {' '.join(specs)}: no 3D file (glb, gltf, obj, ply, stl) in there")
+    if split is None:
+        return records
+    known = ", ".join(sorted({r.split for r in records.values() if r.split})) or "none (there is no manifest)"
+    chosen = {i: record for i, record in records.items() if record.split == split}
+    if not chosen:
+        raise InputError(f"--split {split}: no asset is of this split; known are {known}")
+    return chosen
+
+
+def public_name(spec: str) -> str:
+    """``toys4k:/data/toys4k`` → ``toys4k:toys4k``: the last part of the path says enough."""
+    kind, colon, path = spec.rpartition(":")
+    return f"{kind}{colon}{Path(path).expanduser().resolve().name}"
 
 
 def pack_of(record: AssetRecord) -> str:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ import torch
 from diff2to3.assets import read_ids
 from diff2to3.config import load_config
 from diff2to3.errors import InputError, MissingDependencyError
-from diff2to3.evaluation.parallel import check_output
+from diff2to3.evaluation.engine import Plan, finished, run_plan, run_settings
+from diff2to3.evaluation.parallel import check_output, default_workers
 from diff2to3.evaluation.protocol import Protocol, draw_ids
-from diff2to3.evaluation.runs import RunFolder, run_assets, run_settings
-from diff2to3.evaluation.scores import Scorer
-from diff2to3.evaluation.sources import MeshSource, Source
-from diff2to3.evaluation.summary import summarise
+from diff2to3.evaluation.runs import RunFolder
+from diff2to3.evaluation.scores import SetFeatures
+from diff2to3.evaluation.subjects import Source
+from diff2to3.evaluation.summary import estimates_of, scores_of, set_estimates
 from diff2to3.evaluation.tables import build_table, markdown
 from diff2to3.files import write_atomic
 from diff2to3.streams import make_usable
@@ -45,13 +46,9 @@ class Worker:
         return torch.device("cpu")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of every program that scores."""
-    parser.add_argument("--protocol", type=Path, help="a YAML file (default: the one of the task)")
-    parser.add_argument("--ids", help="a file with one id a line, instead of drawing assets")
-    parser.add_argument(
-        "--out", required=True, type=Path, help="the run's folder; the same command continues it"
-    )
+def add_common_arguments(parser: argparse.ArgumentParser, workers: int = 0) -> None:
+    """Those of every program that scores. ``workers`` is the default of --workers."""
+    parser.add_argument("--ids", help="a file with one id a line: the assets to score")
     parser.add_argument(
         "--weights",
         nargs="*",
@@ -59,11 +56,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH",
         help=f"of {', '.join(WEIGHTS)}; NAME=none leaves it out",
     )
+    parser.add_argument(
+        "--workers", type=int, default=workers, help="processes; 0: in this one (default: %(default)s)"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--offline", action="store_true", help="never open a connection")
+
+
+def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of programs that follow a protocol in a file and write a run's folder."""
+    add_common_arguments(parser)
+    parser.add_argument(
+        "--out", required=True, type=Path, help="the run's folder; the same command continues it"
+    )
+    parser.add_argument("--protocol", type=Path, help="a YAML file (default: the one of the task)")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the protocol, such as resolution=256"
     )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of programs that score a model on folders of assets and write one result file."""
+    parser.add_argument(
+        "--assets", nargs="+", required=True, help="folders, zips or 3D files; or NAME:FOLDER"
+    )
+    parser.add_argument("--split", help="only assets of this split, where there is a manifest (default: all)")
+    parser.add_argument("--limit", type=int, help="score at most this many assets")
+    parser.add_argument("--model", default="mini", help="embedded model, folder or hub repository")
+    parser.add_argument("--views", type=int, default=8, help="compared for each asset (default: %(default)s)")
+    parser.add_argument("--resolution", type=int, default=256, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of cameras and noise (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="the result, a JSON file")
+    parser.add_argument("--table", type=Path, help="also the tables, as Markdown")
+    add_common_arguments(parser, default_workers())
 
 
 def check_arguments(
@@ -103,7 +128,7 @@ def load_protocol(args: argparse.Namespace, default: Path, task: str | None = No
 def choose_ids(args: argparse.Namespace, rules: Protocol, truth: Source) -> tuple[list[str], list[str]]:
     """(ids, notes): those of --ids (or so named by the owners of a published set), or drawn from what ``truth`` has."""
     known = truth.ids()
-    names = truth.names() if isinstance(truth, MeshSource) else {}
+    names = truth.names()
     if args.ids is not None:
         id_of = {name: asset_id for asset_id, name in names.items()}
         ids = sorted({id_of.get(name, name) for name in read_ids(args.ids)})
@@ -122,45 +147,45 @@ def choose_ids(args: argparse.Namespace, rules: Protocol, truth: Source) -> tupl
     return drawn, notes
 
 
+def print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(note, file=sys.stderr)
+
+
 def score_method(
     out: Path,
-    method: Source,
-    truth: Source,
-    scorer: Scorer,
+    plan: Plan,
     ids: Sequence[str],
     notes: Sequence[str],
-    device: torch.device,
     worker: Worker,
+    workers: int = 0,
 ) -> dict[str, Any] | None:
-    """Run or continue a run; the table where all processes are done, else None."""
-    settings = run_settings(scorer.rules, method, truth, scorer, ids)
+    """Run or continue a run of a plan's one method; the table where all processes are done, else None."""
+    settings = run_settings(plan, ids)
     folder = RunFolder.open(out, settings)
-
-    def progress(asset_id: str, error: str | None) -> None:
-        print(f"{asset_id}: {'done' if error is None else f'FAILED: {error}'}", file=sys.stderr, flush=True)
-
+    plan = replace(plan, features=str(out))
     if worker.rank == 0:
-        write_atomic(out / "ids.txt", f"# seed {scorer.rules.seed}, {truth.name}\n" + "\n".join(ids) + "\n")
-    for note in scorer.notes if worker.rank == 0 else ():
-        print(note, file=sys.stderr)
-    finished = run_assets(
-        folder,
-        scorer,
-        method,
-        truth,
-        ids,
-        device=device,
-        rank=worker.rank,
-        world_size=worker.world_size,
-        progress=progress,
+        write_atomic(
+            out / "ids.txt", f"# seed {plan.rules.seed}, {plan.truth.name}\n" + "\n".join(ids) + "\n"
+        )
+    ((key, method),) = plan.methods
+    lines = run_plan(
+        folder, plan, ids, label=method.name, workers=workers, rank=worker.rank, world_size=worker.world_size
     )
-    if not finished:
-        print(f"{out}: this process is done; others have assets left", file=sys.stderr)
+    if not finished(lines, ids, out):
         return None
-    summary = summarise(folder, scorer.rules, ids, list(scorer.extractors))
-    all_notes = [*notes, *scorer.notes]
+    scores = scores_of(lines, key)
+    estimates = estimates_of(scores.values, plan.rules.seed)
+    extractors = [m.extractor.name for m in plan.metrics if isinstance(m, SetFeatures)]
+    estimates |= set_estimates(folder, key, scores.values, extractors, plan.rules)
     table = build_table(
-        settings, scorer.rules, summary, device=device, notes=all_notes, num_expected=len(ids)
+        settings,
+        plan.rules,
+        scores,
+        estimates,
+        device=torch.device(plan.device),
+        notes=notes,
+        num_expected=len(ids),
     )
     write_atomic(out / "table.json", json.dumps(table, indent=1, sort_keys=True) + "\n")
     write_atomic(out / "table.md", markdown(table))

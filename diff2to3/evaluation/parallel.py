@@ -1,14 +1,14 @@
 """One function over many assets: in processes that may die, with a bar, continued after a kill.
 
-The function runs in child processes (or in this one, with ``workers`` 0) and returns plain values. A broken file is
-an error of its asset: so is one that takes too long or takes the process with it.
+The function runs in child processes (or in this one, with ``workers`` 0) and returns plain values. What a context loads
+is kept in a child as long as equal contexts come. A broken file is an error of its asset; so is one that takes too long
+or ends the process.
 """
 
 from __future__ import annotations
 
 import os
 import queue
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -50,16 +50,6 @@ def check_output(path: Path) -> None:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def resume_folder(out: Path, settings: dict[str, Any]) -> RunFolder:
-    """``OUT.partial``, where a run keeps its results until it is done. One of other settings is begun anew."""
-    path = out.with_name(out.name + ".partial")
-    try:
-        return RunFolder.open(path, settings)
-    except InputError:
-        shutil.rmtree(path, ignore_errors=True)
-        return RunFolder.open(path, settings)
-
-
 def run_items(
     folder: RunFolder | None,
     function: Function,
@@ -69,9 +59,12 @@ def run_items(
     workers: int,
     label: str,
     seconds: float = SECONDS,
+    rank: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """``function(context, item)`` of every (id, item); id -> {"values"} or {"error"}. Those with values in
-    ``folder`` are left out, and others are added to it as they are done.
+    """``function(context, item)`` of every (id, item); id -> {"values", …} or {"error"}. Those with values in
+    ``folder`` are left out, and others are added to it as they are done, to the file of this process's ``rank``.
+
+    What the function returns is the row, if it has "values"; else its values.
     """
     lines = {} if folder is None else folder.lines()
     done = {name: row for name, row in lines.items() if "values" in row}
@@ -82,9 +75,12 @@ def run_items(
     ) as bar:
         for name, values, error, trace in _outcomes(function, context, todo, workers, seconds):
             row: dict[str, Any] = {"id": name}
-            row |= {"values": values} if error is None else {"error": error}
+            if error is not None:
+                row["error"] = error
+            else:
+                row |= values if values is not None and "values" in values else {"values": values}
             if folder is not None:
-                folder.append(0, row)
+                folder.append(rank, row)
             done[name] = row
             if error is not None:
                 bar.write(
@@ -157,7 +153,17 @@ def _attempt(
 
 def _in_child(function: Function, context: Any, item: Any, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
-    return function(context, item)
+    return function(_held(context), item)
+
+
+_HELD: list[Any] = []
+
+
+def _held(context: Any) -> Any:
+    """The equal context that came with the item before, with what it has loaded; else ``context``, from now on."""
+    if not _HELD or _HELD[0] != context:
+        _HELD[:] = [context]
+    return _HELD[0]
 
 
 def first_line(error: BaseException) -> str:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from diff2to3.config import config_to_dict
 from diff2to3.views import CameraConfig, LightingConfig, RenderConfig, generator_for, sample_cameras
 
 TASKS = ("reconstruction", "generation")
+#: Points on a surface that :func:`generation_rules` compares.
+NUM_POINTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,20 @@ class Protocol:
     f_threshold   of the F-score, in object units
     voxels        grid of the voxel IoU
     render        how the assets themselves are rendered
+
+    What differs between kinds of protocols without a value of its own is a method or one of these, for a subclass to
+    override:
+
+    straight_photo  the photo's colours are the renderer's own; else they are taken back from over the background
+    own_voxels      voxels of a generated object are the generator's, where it has this grid; else its Gaussians'
+    max_points      Gaussians of an object that are compared with the surface; None for all of them
+    far             Chamfer distance of an object without a solid Gaussian; infinite is "not defined"
     """
+
+    straight_photo: ClassVar[bool] = False
+    own_voxels: ClassVar[bool] = False
+    max_points: ClassVar[int | None] = None
+    far: ClassVar[float] = math.inf
 
     task: str = "reconstruction"
     resolution: int = 512
@@ -79,9 +97,18 @@ class Protocol:
         if self.task == "generation" and self.photo.num_views != 1:
             raise ValueError(f"photo: expected one view, got {self.photo.num_views}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """All values, plain."""
+        return config_to_dict(self)
+
     def digest(self) -> str:
         """sha256 of all values."""
-        return hashlib.sha256(json.dumps(config_to_dict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def grid(self) -> int:
+        """Cells a side of the grid that voxels are compared on."""
+        return self.voxels
 
     def views_of(self, asset_id: str) -> Cameras:
         """The cameras that an asset is compared from: the same for every method, and not those of training."""
@@ -98,6 +125,81 @@ class Protocol:
     def asset_seed(self, asset_id: str) -> int:
         """The seed that a method uses for an asset."""
         return int.from_bytes(hashlib.sha256(f"{self.seed}\0{asset_id}".encode()).digest()[:4], "big")
+
+    def surface_generator(self, asset_id: str) -> np.random.Generator:
+        """Samples the points on an asset's surface."""
+        return np.random.default_rng(self.asset_seed(asset_id))
+
+
+@dataclass(frozen=True)
+class PhotoProtocol(Protocol):
+    """What eval/generation.py compares: all assets from the same cameras, so that pictures of training assets, which
+    are its baselines, are rendered once.
+
+    model_grid  of the model that is scored; None for ``voxels``. Not part of the hash, which names the protocol.
+    """
+
+    model_grid: int | None = None
+
+    straight_photo: ClassVar[bool] = True
+    own_voxels: ClassVar[bool] = True
+    max_points: ClassVar[int | None] = NUM_POINTS
+    far: ClassVar[float] = math.sqrt(3)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_dict().items() if key != "model_grid"}
+
+    @property
+    def grid(self) -> int:
+        return self.model_grid or self.voxels
+
+    def views_of(self, asset_id: str) -> Cameras:
+        return self._sample(self.cameras, "evaluation", "generation")
+
+    def surface_generator(self, asset_id: str) -> np.random.Generator:
+        return generator_for(self.seed, "points", asset_id)
+
+
+def reconstruction_rules(
+    num_views: int = 8, resolution: int = 256, seed: int = 0, lighting: RenderConfig | None = None
+) -> Protocol:
+    """eval/reconstruction.py: views on white from the camera set of the training views, sampled for evaluation alone.
+    ``lighting`` is that of the model's training set.
+    """
+    return Protocol(
+        task="reconstruction",
+        resolution=resolution,
+        background=(1.0, 1.0, 1.0),
+        cameras=CameraConfig("sphere", num_views=num_views),
+        seed=seed,
+        num_assets=None,
+        render=replace(lighting or RenderConfig(), outputs=()),
+    )
+
+
+def generation_rules(
+    num_views: int = 8,
+    resolution: int = 256,
+    seed: int = 0,
+    lighting: RenderConfig | None = None,
+    model_grid: int | None = None,
+) -> PhotoProtocol:
+    """eval/generation.py: one photo from the conditioning views' camera set, from the horizon up to 60° above it; views
+    on white; shapes.
+    """
+    return PhotoProtocol(
+        task="generation",
+        resolution=resolution,
+        background=(1.0, 1.0, 1.0),
+        cameras=CameraConfig("sphere", num_views=num_views),
+        photo=CameraConfig("fitted", num_views=1, elevation_range=(0.0, 60.0)),
+        seed=seed,
+        num_assets=None,
+        voxels=32,
+        shape_points=NUM_POINTS,
+        render=replace(lighting or RenderConfig(), outputs=()),
+        model_grid=model_grid,
+    )
 
 
 def draw_ids(

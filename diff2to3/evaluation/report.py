@@ -1,10 +1,13 @@
-"""A report on several methods: HTML with numbers, intervals, paired differences and pictures side by side."""
+"""Pages and pictures: a report on several methods, with intervals, paired differences and pictures side by side; a
+gallery of assets; a sheet of one asset's pictures.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from diff2to3.errors import InputError
+from diff2to3.evaluation.engine import Plan
 from diff2to3.evaluation.protocol import Protocol
-from diff2to3.evaluation.sources import Source, Subject
-from diff2to3.evaluation.summary import METRICS, Estimate, bootstrap_mean
+from diff2to3.evaluation.subjects import Source, Subject
+from diff2to3.evaluation.summary import METRICS, paired_differences
 from diff2to3.files import write_atomic
 
 STYLE = """
@@ -27,22 +31,6 @@ th:first-child, td:first-child { text-align: left; } tr { border-bottom: 1px sol
 .pictures img { display: block; width: 100%; max-width: 300px; image-rendering: auto; }
 @media (prefers-color-scheme: dark) { body { background: #151515; color: #ddd; } small { color: #999; } }
 """
-
-
-def paired_differences(
-    first: Mapping[str, Any], other: Mapping[str, Any], seed: int = 0
-) -> dict[str, Estimate]:
-    """metric → other − first, over the assets that both have, with a bootstrap interval."""
-    found = {}
-    for name in METRICS:
-        pairs = [
-            (row.get(name), other["assets"].get(asset_id, {}).get(name))
-            for asset_id, row in first["assets"].items()
-        ]
-        differences = [b - a for a, b in pairs if a is not None and b is not None]
-        if differences:
-            found[name] = bootstrap_mean(differences, seed)
-    return found
 
 
 def write_report(
@@ -68,12 +56,68 @@ def write_report(
         _remarks(tables),
         f'<table class="pictures"><tr>{heads}</tr>{"".join(rows)}</table>',
     ]
-    page = (
-        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Comparison</title>'
+    write_atomic(folder / "report.html", page("Comparison", body))
+    return folder / "report.html"
+
+
+def page(title: str, body: Sequence[str]) -> str:
+    """An HTML page of elements."""
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style>\n<body>{chr(10).join(body)}</body></html>\n"
     )
-    write_atomic(folder / "report.html", page)
-    return folder / "report.html"
+
+
+def write_gallery(
+    path: Path, title: str, intro: Sequence[str], tables: Sequence[str], items: Sequence[tuple[str, str, str]]
+) -> None:
+    """An HTML page: paragraphs, tables (as text), then (caption, text, picture relative to the page) each."""
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    body += [f"<p>{html.escape(line)}</p>" for line in intro]
+    body += [f"<pre>{html.escape(table)}</pre>" for table in tables]
+    for caption, text, picture in items:
+        body.append(f"<h3>{html.escape(caption)}</h3><p><small>{html.escape(text)}</small></p>")
+        body.append(f'<img loading="lazy" style="max-width:100%" alt="" src="{html.escape(picture)}">')
+    write_atomic(path, page(title, body))
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A picture of one asset: a row each of the truth and of methods, by key; with ``difference``, then of white minus
+    three times the first method's difference to the truth. In generation the photo comes first.
+    """
+
+    asset_id: str
+    path: str
+    methods: tuple[str, ...]
+    difference: bool = False
+
+
+def save_sheet(plan: Plan, sheet: Sheet) -> dict[str, Any]:
+    """Write a sheet of at most four views, made once more: to keep pictures of all assets would take more room than it
+    saves time. For :func:`diff2to3.evaluation.parallel.run_items`.
+    """
+    subject, sources = plan.subject(sheet.asset_id), dict(plan.methods)
+    shown = [subject.truth, *(sources[key].pictures(subject, subject.cameras) for key in sheet.methods)]
+    rows = [one.images[:4].cpu() for one in shown]
+    if sheet.difference:
+        rows.append((1 - 3 * (rows[1] - rows[0]).abs()).clamp(0, 1))
+    cells = torch.stack(rows)  # [rows, views, H, W, 3]
+    _, _, height, width, _ = cells.shape
+    image = cells.permute(0, 2, 1, 3, 4).reshape(len(rows) * height, -1, 3)
+    if plan.rules.task == "generation":
+        first = torch.ones(len(image), width, 3)
+        first[:height] = subject.photo_pictures.images[0].cpu()
+        image = torch.cat([first, image], 1)
+    write_atomic(Path(sheet.path), png(image))
+    return {}
+
+
+def png(image: Tensor) -> bytes:
+    """An image [H, W, 3] in [0, 1] as a file."""
+    stream = BytesIO()
+    Image.fromarray((image.clamp(0, 1) * 255).round().byte().cpu().numpy()).save(stream, "PNG")
+    return stream.getvalue()
 
 
 def _protocol_line(rules: Protocol) -> str:
@@ -120,7 +164,7 @@ def _differences(tables: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [f"<h2>Difference to {html.escape(names[0])}, asset by asset</h2><table>"]
     lines.append("<tr><th>Method</th><th>Metric</th><th>Difference</th><th>95 % interval</th><th></th></tr>")
     for other in names[1:]:
-        for metric, e in paired_differences(tables[names[0]], tables[other]).items():
+        for metric, e in paired_differences(tables[names[0]]["assets"], tables[other]["assets"]).items():
             heading, more, factor, digits = METRICS[metric]
             verdict, interval = "", "—"
             if e.low is not None and e.high is not None:
@@ -162,9 +206,8 @@ def _picture_row(folder: Path, subject: Subject, methods: Mapping[str, Source], 
 
 def _save(folder: Path, image: Tensor) -> str:
     """Write a picture under the hash of its bytes; returns its name."""
-    stream = BytesIO()
-    Image.fromarray((image.clamp(0, 1) * 255).round().byte().cpu().numpy()).save(stream, "PNG")
-    name = f"{hashlib.sha256(stream.getvalue()).hexdigest()[:20]}.png"
+    content = png(image)
+    name = f"{hashlib.sha256(content).hexdigest()[:20]}.png"
     if not (folder / name).is_file():
-        write_atomic(folder / name, stream.getvalue())
+        write_atomic(folder / name, content)
     return name

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import torch
 
 from diff2to3.assets import AssetRecord
 from diff2to3.evaluation.assets import pack_of
-from diff2to3.evaluation.report import STYLE
-from diff2to3.evaluation.summary import bootstrap_mean
+from diff2to3.evaluation.engine import Plan
+from diff2to3.evaluation.parallel import run_items
+from diff2to3.evaluation.report import Sheet, save_sheet, write_gallery
+from diff2to3.evaluation.summary import METRICS, Scores, estimates_of, paired_differences
 from diff2to3.evaluation.tables import device_name, versions
-from diff2to3.files import write_atomic
 
 FORMAT = 1
 Row = Mapping[str, Any]
@@ -52,13 +53,29 @@ def mean_of(rows: Mapping[str, Row], columns: Sequence[str] | None = None) -> di
     return found
 
 
-def intervals_of(rows: Mapping[str, Row], seed: int = 0) -> dict[str, list[float]]:
+def intervals_of(rows: Mapping[str, Row]) -> dict[str, list[float]]:
     """95 % intervals of the means, by bootstrap over assets."""
-    found = {}
-    for key in mean_of(rows):
-        estimate = bootstrap_mean([r[key] for r in rows.values() if r.get(key) is not None], seed)
-        if estimate.low is not None and estimate.high is not None:
-            found[key] = [estimate.low, estimate.high]
+    estimates = estimates_of(rows, metrics=COLUMNS)
+    return {k: [e.low, e.high] for k, e in estimates.items() if e.low is not None and e.high is not None}
+
+
+def paired(
+    ours: Mapping[str, Row], other: Mapping[str, Row], mean: Row, other_mean: Row
+) -> dict[str, dict[str, Any]]:
+    """metric → {mean, low, high, better}: ours − other over the assets that both have, with a 95 % interval; for FD and
+    KD, which are of whole sets, the difference of ``mean`` and ``other_mean`` alone.
+    """
+    differences = paired_differences(other, ours)
+    found: dict[str, dict[str, Any]] = {}
+    for metric, (_, more_is_better, _, _) in METRICS.items():
+        if metric in differences:
+            e = differences[metric]
+            entry: dict[str, Any] = {"mean": e.value, "low": e.low, "high": e.high}
+        elif metric in mean and metric in other_mean:
+            entry = {"mean": mean[metric] - other_mean[metric]}
+        else:
+            continue
+        found[metric] = entry | {"better": entry["mean"] > 0 if more_is_better else entry["mean"] < 0}
     return found
 
 
@@ -80,7 +97,7 @@ def worst(rows: Mapping[str, Row], metric: str, count: int = 10) -> list[str]:
 def result_of(
     program: str,
     records: Sequence[AssetRecord],
-    outcomes: Mapping[str, Mapping[str, Any]],
+    scores: Scores,
     *,
     settings: Mapping[str, Any],
     notes: Sequence[str],
@@ -88,8 +105,7 @@ def result_of(
     seconds: float,
 ) -> dict[str, Any]:
     """Everything a result says, as plain values. Only ``run`` differs between equal runs."""
-    rows = {name: row["values"] for name, row in sorted(outcomes.items()) if "values" in row}
-    failed = {name: row["error"] for name, row in sorted(outcomes.items()) if "values" not in row}
+    rows, failed = scores.values, scores.errors
     return {
         "format": FORMAT,
         "program": program,
@@ -108,6 +124,36 @@ def result_of(
             "versions": versions(),
         },
     }
+
+
+def write_sheets(
+    folder: Path,
+    plan: Plan,
+    names: Sequence[str],
+    result: Mapping[str, Any],
+    tables: Sequence[str],
+    *,
+    title: str,
+    intro: str,
+    sheet: Sheet,
+    workers: int,
+) -> Path:
+    """A gallery of some assets: their numbers and their sheets, each as ``sheet`` is. ``sheet.path`` is how names of
+    pictures begin; older ones of such names are removed.
+    """
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob(f"{sheet.path}[0-9]*.png"):
+        old.unlink()
+    items, shown = [], []
+    for number, name in enumerate(names, 1):
+        picture = f"{sheet.path}{number:02d}.png"
+        one = replace(sheet, asset_id=name, path=str(folder / picture))
+        items.append((f"picture of {name}", one))
+        numbers = ", ".join(f"{k} {v:.4g}" for k, v in result["assets"][name].items() if v is not None)
+        shown.append((name, numbers, picture))
+    run_items(None, save_sheet, plan, items, workers=workers, label="pictures")
+    write_gallery(folder / "index.html", title, [intro], tables, shown)
+    return folder / "index.html"
 
 
 def text_table(rows: Mapping[str, Mapping[str, float]], first: str) -> str:
@@ -144,20 +190,3 @@ def markdown_table(rows: Mapping[str, Mapping[str, float]], first: str) -> str:
         counts = [f"{row['num_assets']:.0f}" if "num_assets" in row else ""] if counted else []
         lines.append([name, *counts, *(_cell(row, k) for k in keys)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def write_gallery(
-    path: Path, title: str, intro: Sequence[str], tables: Sequence[str], items: Sequence[tuple[str, str, str]]
-) -> None:
-    """An HTML page: paragraphs, tables (as text), then (caption, text, picture relative to the page) each."""
-    body = [f"<h1>{html.escape(title)}</h1>"]
-    body += [f"<p>{html.escape(line)}</p>" for line in intro]
-    body += [f"<pre>{html.escape(table)}</pre>" for table in tables]
-    for caption, text, picture in items:
-        body.append(f"<h3>{html.escape(caption)}</h3><p><small>{html.escape(text)}</small></p>")
-        body.append(f'<img loading="lazy" style="max-width:100%" alt="" src="{html.escape(picture)}">')
-    page = (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style>\n<body>{chr(10).join(body)}</body></html>\n"
-    )
-    write_atomic(path, page)

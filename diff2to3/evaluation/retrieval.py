@@ -1,4 +1,5 @@
-"""The baseline that a generator has to beat: the training asset whose conditioning view looks most like the photo.
+"""Baselines that a generator has to beat, as sources: the training asset whose conditioning view looks most like the
+photo, and random training assets.
 
 Descriptor of a picture: the object cropped to its box as the generator's condition is (diff2to3.flow.framing), through
 the package's image encoder, its latents pooled to POOLED x POOLED cells and normalised. The greatest cosine over all
@@ -8,9 +9,11 @@ of 0.278 with the photographed asset's (mean over the 117 of val; 0.057 at rando
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diff2to3.assets import AssetRecord, load_asset
+from diff2to3.assets import AssetRecord, FileSource, load_asset
 from diff2to3.errors import InputError
+from diff2to3.evaluation.assets import AssetList
 from diff2to3.evaluation.parallel import run_items
-from diff2to3.evaluation.protocol import Protocol
+from diff2to3.evaluation.protocol import Cameras, PhotoProtocol, Protocol
+from diff2to3.evaluation.shapes import shape_of_mesh
+from diff2to3.evaluation.subjects import Pictures, Source, Subject, Words
 from diff2to3.files import write_atomic
 from diff2to3.flow.framing import Framing, frame_views
 from diff2to3.views import generator_for, make_renderer, sample_cameras
@@ -129,6 +135,110 @@ def load_index(path: str) -> Index:
 
 def fingerprint(records: Sequence[AssetRecord]) -> str:
     """A hash of ids and content."""
-    from diff2to3.evaluation.assets import AssetList
-
     return AssetList(list(records), []).fingerprint()
+
+
+# ---- sources ----
+
+
+@dataclass(frozen=True)
+class Library(Words):
+    """Training assets, as they are compared: pictures from the protocol's cameras, which are the same for all assets,
+    and shapes. The last 80 are kept.
+
+    path  of the file that :func:`write_library` wrote
+    """
+
+    path: str
+    rules: PhotoProtocol
+
+    @cached_property
+    def records(self) -> dict[str, AssetRecord]:
+        rows = [json.loads(line) for line in Path(self.path).read_text("utf-8").splitlines()]
+        return {r["id"]: AssetRecord(r["id"], FileSource(*r["source"]), sha256=r["sha256"]) for r in rows}
+
+    @cached_property
+    def _kept(self) -> Callable[[str], Pictures]:
+        return lru_cache(maxsize=80)(self._show)
+
+    def show(self, name: str) -> Pictures:
+        """A training asset; InputError where its file cannot be read."""
+        kept = self._kept(name)
+        return replace(kept, images=kept.images.float() / 255)
+
+    def _show(self, name: str) -> Pictures:
+        """With images as bytes, so that many can be kept."""
+        rules, mesh = self.rules, load_asset(self.records[name])
+        cameras = rules.views_of(name)
+        size = cameras.resolution
+        views = make_renderer(mesh, rules.render).render(cameras.viewmats, cameras.Ks, size, size)
+        images = views.composite(views.images.new_tensor(rules.background))
+        return Pictures((images * 255).round().to(torch.uint8), shape=shape_of_mesh(rules, mesh, name))
+
+
+@dataclass(frozen=True)
+class Retrieval(Source):
+    """The training asset with the view that is nearest to the photo, shown as it is."""
+
+    library: Library
+    index: str
+
+    @property
+    def name(self) -> str:
+        return "retrieval"
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(Path(self.index).name.encode()).hexdigest()
+
+    def pictures(self, subject: Subject, cameras: Cameras, photo: bool = False) -> Pictures:
+        if photo:
+            raise InputError(f"{self.name}: is not seen from the photo's camera")
+        colors, alpha = subject.straight_photo()
+        nearest = load_index(self.index).nearest(colors.cpu(), alpha.cpu(), subject.id)
+        return replace(self.library.show(nearest), remarks={"retrieved": nearest})
+
+
+@dataclass(frozen=True)
+class RandomAssets(Source):
+    """``count`` assets of ``pool``, another choice for every subject. Shown is the first; numbers are means over all,
+    from two of the cameras: two views of each of ten say as much of their mean as all would, in a quarter of the time.
+    """
+
+    library: Library
+    pool: tuple[str, ...]
+    count: int = 10
+
+    @property
+    def name(self) -> str:
+        return "random"
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("\n".join([str(self.count), *self.pool]).encode()).hexdigest()
+
+    def chosen(self, subject: Subject) -> list[str]:
+        """Their ids."""
+        others = [name for name in self.pool if name != subject.id]
+        generator = generator_for(subject.rules.seed, "random assets", subject.id)
+        rows = generator.choice(len(others), min(self.count, len(others)), replace=False)
+        return [others[int(i)] for i in sorted(rows)]
+
+    def pictures(self, subject: Subject, cameras: Cameras, photo: bool = False) -> Pictures:
+        if photo:
+            raise InputError(f"{self.name}: is not seen from the photo's camera")
+        chosen = self.chosen(subject)
+        few = tuple(sorted({0, len(cameras.viewmats) // 2}))
+        draws = tuple(self.library.show(name).only(few) for name in chosen)
+        return replace(self.library.show(chosen[0]), draws=draws, remarks={"drawn": chosen})
+
+
+def write_library(folder: Path, train: AssetList) -> Path:
+    """The records of training assets for :class:`Library`, in a file that is named by its content."""
+    rows = [
+        {"id": r.id, "source": [r.source.container, r.source.member], "sha256": r.sha256}
+        for r in train.records
+        if r.source is not None
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path = folder / f"records-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+    write_atomic(path, text)
+    return path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,23 +68,71 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0, resamples: int = 2000
     return Estimate(mean, float(np.std(means, ddof=1)), float(low), float(high), len(array), details)
 
 
-def summarise(
-    folder: RunFolder, rules: Protocol, ids: Sequence[str], extractors: Sequence[str], resamples: int = 4
-) -> tuple[dict[str, Estimate], dict[str, dict[str, float | None]], dict[str, str]]:
-    """(metric → estimate, asset → values, asset → error) of a run. ``resamples`` are for FD's and KD's noise."""
-    lines = folder.lines()
-    values = {i: lines[i]["values"] for i in ids if "values" in lines.get(i, {})}
-    errors = {i: lines[i]["error"] for i in ids if "error" in lines.get(i, {})}
-    estimates: dict[str, Estimate] = {}
-    for name in METRICS:
-        numbers = [row[name] for row in values.values() if row.get(name) is not None]
+@dataclass(frozen=True)
+class Scores:
+    """One method over a run.
+
+    values   asset → numbers
+    remarks  asset → what else the method said
+    errors   asset → why it has no numbers
+    """
+
+    values: dict[str, dict[str, float | None]]
+    remarks: dict[str, dict[str, Any]]
+    errors: dict[str, str]
+
+
+def scores_of(lines: Mapping[str, Mapping[str, Any]], method: str) -> Scores:
+    """One method's part of a run's lines, by asset."""
+    rows = {i: row for i, row in sorted(lines.items()) if method in row.get("values", {})}
+    return Scores(
+        {i: row["values"][method] for i, row in rows.items()},
+        {i: row.get("remarks", {}).get(method, {}) for i, row in rows.items()},
+        {i: row["error"] for i, row in sorted(lines.items()) if "values" not in row},
+    )
+
+
+def estimates_of(
+    values: Mapping[str, Mapping[str, float | None]], seed: int = 0, metrics: Iterable[str] = METRICS
+) -> dict[str, Estimate]:
+    """metric → estimate over the assets for which it is defined."""
+    found = {}
+    for name in metrics:
+        numbers = [v for row in values.values() if (v := row.get(name)) is not None]
         if numbers:
-            estimates[name] = bootstrap_mean(numbers, rules.seed)
-    for extractor in extractors:
-        if len(values) and extractor in ("inception", "dinov2"):
-            pairs = [folder.load_features(asset_id, extractor) for asset_id in values]
-            estimates |= set_distances(extractor, pairs, rules, resamples)
-    return estimates, values, errors
+            found[name] = bootstrap_mean(numbers, seed)
+    return found
+
+
+def set_estimates(
+    folder: RunFolder,
+    method: str,
+    ids: Collection[str],
+    extractors: Iterable[str],
+    rules: Protocol,
+    resamples: int = 4,
+) -> dict[str, Estimate]:
+    """FD and KD of a method over assets, by the extractors whose features the run kept; ``resamples`` are for noise."""
+    found: dict[str, Estimate] = {}
+    for extractor in extractors if ids else ():
+        pairs = [folder.load_features(asset_id, method, extractor) for asset_id in ids]
+        found |= set_distances(extractor, pairs, rules, resamples)
+    return found
+
+
+def paired_differences(
+    first: Mapping[str, Mapping[str, float | None]],
+    other: Mapping[str, Mapping[str, float | None]],
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """metric → other − first, over the assets that both have, with a bootstrap interval. Both are asset → numbers."""
+    found = {}
+    for name in METRICS:
+        pairs = [(row.get(name), other.get(asset_id, {}).get(name)) for asset_id, row in first.items()]
+        differences = [b - a for a, b in pairs if a is not None and b is not None]
+        if differences:
+            found[name] = bootstrap_mean(differences, seed)
+    return found
 
 
 def set_distances(

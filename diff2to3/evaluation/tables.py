@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from diff2to3 import __version__
-from diff2to3.config import config_to_dict
 from diff2to3.errors import InputError
 from diff2to3.evaluation.protocol import Protocol
-from diff2to3.evaluation.summary import METRICS, Estimate
+from diff2to3.evaluation.summary import METRICS, Estimate, Scores
 
 FORMAT = 1
 _GENERATION = ("clip", "fd_inception", "kd_inception", "fd_dinov2", "kd_dinov2")
@@ -60,26 +59,27 @@ PAPER: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, tuple[str, ...], s
 def build_table(
     settings: Mapping[str, Any],
     rules: Protocol,
-    summary: tuple[dict[str, Estimate], dict[str, dict[str, float | None]], dict[str, str]],
+    scores: Scores,
+    estimates: Mapping[str, Estimate],
     *,
     device: torch.device,
     notes: Sequence[str],
     num_expected: int,
 ) -> dict[str, Any]:
     """Everything that a result says, as plain values. Only ``run`` differs between equal runs."""
-    estimates, values, errors = summary
+    rows = {i: {k: v for k, v in row.items() if k in METRICS} for i, row in scores.values.items()}
     return {
         "format": FORMAT,
         "task": rules.task,
         "method": settings["method"],
         "truth": settings["truth"],
-        "protocol": config_to_dict(rules),
+        "protocol": rules.to_dict(),
         "protocol_sha256": rules.digest(),
         "weights": settings["weights"],
-        "num_assets": {"expected": num_expected, "scored": len(values), "failed": len(errors)},
+        "num_assets": {"expected": num_expected, "scored": len(rows), "failed": len(scores.errors)},
         "metrics": {name: {**asdict(e), "more_is_better": METRICS[name][1]} for name, e in estimates.items()},
-        "assets": values,
-        "errors": errors,
+        "assets": rows,
+        "errors": scores.errors,
         "notes": list(notes),
         "run": {"date": time.strftime("%Y-%m-%d"), "device": device_name(device), "versions": versions()},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -147,9 +148,13 @@ def tiny_networks(one_thread: None) -> None:
 def generator_bundle(
     load_source: Callable[[Path], ModuleType], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A bundle that generates."""
+    """A bundle that generates; the training set that it says it had was unlit, which is soon rendered."""
     made = load_source(ROOT / "tests" / "tiny_generator.py")
-    return Path(made.write_generator(tmp_path_factory.mktemp("generator") / "model"))
+    folder = Path(made.write_generator(tmp_path_factory.mktemp("generator") / "model"))
+    info = json.loads((folder / "model.json").read_text())
+    info["settings"] |= load_source(ROOT / "tests" / "tiny_models.py").SETTINGS
+    (folder / "model.json").write_text(json.dumps(info))
+    return folder
 
 
 @pytest.fixture(scope="session")

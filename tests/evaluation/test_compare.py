@@ -17,10 +17,10 @@ from PIL import Image
 from diff2to3.errors import InputError
 from diff2to3.evaluation.gate import compare_results
 from diff2to3.evaluation.protocol import Protocol
-from diff2to3.evaluation.report import paired_differences
 from diff2to3.evaluation.runs import RunFolder
-from diff2to3.evaluation.sources import MeshSource, Subject, open_source
-from diff2to3.evaluation.summary import bootstrap_mean, set_distances
+from diff2to3.evaluation.sources import MeshSource, open_source
+from diff2to3.evaluation.subjects import Subject
+from diff2to3.evaluation.summary import bootstrap_mean, paired_differences, set_distances
 from diff2to3.gaussians.ply import write_ply
 from diff2to3.types import Gaussians
 from diff2to3.views import CameraConfig, LightingConfig, RenderConfig
@@ -40,7 +40,7 @@ TINY += ["cameras.num_views=2", "shape_points=0"]
 @pytest.fixture
 def folders(toys4k, method, tmp_path) -> dict[str, Path]:
     """The same dots as .ply, as .ply with y up, and as pictures; the truth as pictures."""
-    truth = MeshSource(f"toys4k:{toys4k}")
+    truth = MeshSource((f"toys4k:{toys4k}",))
     dots = open_source(f"call:{method}:dots", CPU)
     made = {name: tmp_path / name for name in ("ply", "yup", "images", "truth")}
     for asset_id in truth.ids():
@@ -80,7 +80,7 @@ class Links(HTMLParser):
 
 
 def test_sources_of_the_same_thing_show_the_same(toys4k, folders):
-    truth = MeshSource(f"toys4k:{toys4k}")
+    truth = MeshSource((f"toys4k:{toys4k}",))
     subject = Subject(truth.ids()[0], RULES, truth, CPU)
     specs = {
         name: open_source(f"{kind}:{folders[name]}", CPU)
@@ -281,7 +281,7 @@ def test_gate_refuses_what_cannot_be_compared(program, tmp_path, capsys):
 
 def test_paired_differences_are_over_common_assets():
     first, other = table([1.0, 2.0, 3.0]), table([2.0, 4.0])
-    difference = paired_differences(first, other)["psnr"]
+    difference = paired_differences(first["assets"], other["assets"])["psnr"]
     assert difference.value == 1.5 and difference.count == 2
 
 

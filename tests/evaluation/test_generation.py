@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +13,27 @@ import torch
 
 from diff2to3.errors import InputError
 from diff2to3.evaluation.assets import choose_assets
-from diff2to3.evaluation.generation import (
-    Setup,
-    compare,
-    generation_rules,
-    paired,
-    photo_of,
-    score_asset,
-    show_gaussians,
-    show_mesh,
+from diff2to3.evaluation.engine import Plan, score, score_asset
+from diff2to3.evaluation.models import Generator
+from diff2to3.evaluation.protocol import generation_rules
+from diff2to3.evaluation.results import paired
+from diff2to3.evaluation.retrieval import (
+    IndexSetup,
+    Library,
+    RandomAssets,
+    Retrieval,
+    build_index,
+    load_index,
+    write_library,
 )
-from diff2to3.evaluation.retrieval import IndexSetup, build_index, load_index
+from diff2to3.evaluation.scores import Pairs, Shapes
+from diff2to3.evaluation.sources import MeshSource
+from diff2to3.evaluation.subjects import Pictures, Subject, show_gaussians
+from diff2to3.pipeline import ImageTo3D
 from diff2to3.types import Gaussians
-from diff2to3.views import LightingConfig, RenderConfig, make_renderer
+from diff2to3.views import LightingConfig, RenderConfig
 
+METRICS = (Pairs(), Shapes())
 UNLIT = RenderConfig(supersample=1, lighting=LightingConfig(mode="unlit"), outputs=())
 
 
@@ -105,14 +114,20 @@ def test_without_training_assets_there_are_no_baselines(evaluate, tmp_path, caps
     )
 
 
+def subject_of(boxes: Path, asset_id: str, resolution: int = 48) -> Subject:
+    rules = generation_rules(2, resolution, lighting=UNLIT)
+    return Subject(asset_id, rules, MeshSource((str(boxes),)), torch.device("cpu"))
+
+
+def numbers(subject: Subject, shown: Pictures) -> dict[str, float]:
+    return score(METRICS, subject, subject.source, shown)
+
+
 def test_the_truth_itself_scores_best(boxes):
-    """Its own mesh is perfect; retrieval among assets with the photographed one finds it."""
-    records = choose_assets([str(boxes)]).records[:4]
-    setup = Setup("unused", generation_rules(2, 48, lighting=UNLIT))
-    truth = show_mesh(setup, records[0])
-    same = compare(setup, show_mesh(setup, records[0]), truth)
+    first, second = (subject_of(boxes, f"plain/box-{i}") for i in (0, 1))
+    same = numbers(first, replace(first.truth, shape=first.shape))
     assert same["voxel_iou"] == 1 and same["psnr"] > 90 and same["chamfer"] < 1e-12 and same["f_score"] == 1
-    other = compare(setup, show_mesh(setup, records[1]), truth)
+    other = numbers(first, replace(second.truth, shape=second.shape))
     assert other["voxel_iou"] < 0.9 and other["psnr"] < 40 and other["chamfer"] > 0.005
 
 
@@ -122,50 +137,71 @@ def test_retrieval_finds_what_it_has_seen(boxes, tmp_path):
     path, failed = build_index(tmp_path, IndexSetup(rules, 24), records, workers=0)
     index = load_index(str(path))
     assert not failed and sorted(index.ids) == sorted(r.id for r in records)
-    setup = Setup("unused", rules)
     for record in records:
-        from diff2to3.assets import load_asset
-
-        photo = photo_of(setup, record.id, make_renderer(load_asset(record), UNLIT))
-        assert index.nearest(photo.images[0], photo.alphas[0]) == record.id
-        assert index.nearest(photo.images[0], photo.alphas[0], record.id) != record.id
+        photo = subject_of(boxes, record.id, 64).straight_photo()
+        assert index.nearest(*photo) == record.id
+        assert index.nearest(*photo, record.id) != record.id
 
 
 def test_gaussians_are_compared_by_those_that_are_solid(boxes):
     """Dots on the surface come near to it; an empty object is as far away as things can be."""
-    record = choose_assets([str(boxes)]).records[0]
-    setup = Setup("unused", generation_rules(2, 32, lighting=UNLIT))
-    truth = show_mesh(setup, record)
-    n = len(truth.points)
+    subject = subject_of(boxes, "plain/box-0", 32)
+    points = subject.shape.points
+    n = len(points)
     solid = torch.full((n,), 0.9)
-    dots = Gaussians(
-        truth.points,
-        torch.tensor([1.0, 0, 0, 0]).expand(n, 4),
-        torch.full((n, 3), 0.01),
-        solid,
-        torch.zeros(n, 1, 3),
-    )
-    near = compare(setup, show_gaussians(setup, dots, None, 0), truth)
+    upright = torch.tensor([1.0, 0, 0, 0]).expand(n, 4)
+    dots = Gaussians(points, upright, torch.full((n, 3), 0.01), solid, torch.zeros(n, 1, 3))
+    near = numbers(subject, show_gaussians(dots, subject.cameras, subject, 0.1))
     assert near["chamfer"] < 0.01 and near["f_score"] > 0.9 and near["voxel_iou"] > 0.9
     faint = Gaussians(dots.means, dots.quats, dots.scales, solid * 0.1, dots.sh)
-    gone = compare(setup, show_gaussians(setup, faint, None, 0), truth)
+    gone = numbers(subject, show_gaussians(faint, subject.cameras, subject, 0.1))
     assert gone["chamfer"] == pytest.approx(3**0.5) and gone["f_score"] == 0 and gone["voxel_iou"] == 0
 
 
-def test_nothing_made_is_scored_as_empty_space(boxes, generator_bundle, monkeypatch):
-    from diff2to3.evaluation import generation
+def generation_plan(boxes: Path, model: str, **options: bool) -> Plan:
+    rules = generation_rules(2, 32, lighting=UNLIT, model_grid=16)
+    methods = (("ours", Generator(model, **options)),)
+    return Plan(rules, MeshSource((str(boxes),)), methods, METRICS)
 
-    def no_model(setup):
-        def call(image, **options):
-            raise InputError("the structure stage generated no voxel")
 
-        return call
+def test_nothing_made_is_scored_as_empty_space(boxes, monkeypatch):
+    """Where the plan says so; else it is the asset's error."""
 
-    monkeypatch.setattr(generation, "load_model", no_model)
-    record = choose_assets([str(boxes)], "train").records[0]
-    row = score_asset(Setup("unused", generation_rules(2, 32, lighting=UNLIT)), record)
-    assert row["ours"]["voxel_iou"] == 0 and row["ours"]["f_score"] == 0 and row["ours"]["psnr"] > 0
-    assert row["nothing"] == "the structure stage generated no voxel" and row["num_gaussians"] == 0
+    def no_model(image, **options):
+        raise InputError("the structure stage generated no voxel")
+
+    monkeypatch.setattr(ImageTo3D, "from_pretrained", staticmethod(lambda source, **options: no_model))
+    plan = generation_plan(boxes, "unused", nothing=True)
+    row = score_asset(plan, "plain/box-0")
+    ours = row["values"]["ours"]
+    assert ours["voxel_iou"] == 0 and ours["f_score"] == 0 and ours["psnr"] > 0
+    assert row["remarks"]["ours"] == {"nothing": "the structure stage generated no voxel"}
+    assert ours["num_gaussians"] == 0 and ours["seconds"] is None
+    subject = plan.subject("plain/box-0")
+    assert (plan.methods[0][1].pictures(subject, subject.cameras).images == 1).all()
+    with pytest.raises(InputError, match="generated no voxel"):
+        score_asset(generation_plan(boxes, "unused"), "plain/box-0")
+
+
+def test_a_plan_travels_as_words(boxes, generator_bundle, tmp_path):
+    """A copy, as a worker process gets it, is equal, has nothing loaded, and gives the same numbers."""
+    train = choose_assets([str(boxes)], "train")
+    plan = generation_plan(boxes, str(generator_bundle))
+    index, _ = build_index(tmp_path, IndexSetup(plan.rules, 2), train.records, workers=0)
+    library = Library(str(write_library(tmp_path, train)), plan.rules)
+    pool = tuple(record.id for record in train.records)
+    baselines = Retrieval(library, str(index)), RandomAssets(library, pool, 2)
+    plan = replace(plan, methods=(*plan.methods, *((b.name, b) for b in baselines)))
+    plan.load()
+    row = score_asset(plan, "plain/box-1")
+    sent = pickle.dumps(plan)
+    assert len(sent) < 10_000
+    copy = pickle.loads(sent)
+    assert copy == plan and "network" not in vars(copy.methods[0][1]) and "records" not in vars(copy.truth)
+    again = score_asset(copy, "plain/box-1")
+    for one in (row, again):
+        assert one["values"]["ours"].pop("seconds") > 0
+    assert again == row and set(row["remarks"]["random"]["drawn"]) == set(pool)
 
 
 def test_paired_differences_have_signs():
@@ -178,10 +214,11 @@ def test_paired_differences_have_signs():
 
 
 def test_equal_seeds_give_equal_numbers(boxes, generator_bundle):
-    record = choose_assets([str(boxes)], "train").records[0]
-    setup = Setup(str(generator_bundle), generation_rules(2, 32, lighting=UNLIT), resolution=16)
-    first, again = score_asset(setup, record), score_asset(setup, record)
-    assert first["ours"] == again["ours"]
+    plan = generation_plan(boxes, str(generator_bundle))
+    first, again = (score_asset(plan, "plain/box-0")["values"]["ours"] for _ in range(2))
+    for row in (first, again):
+        row.pop("seconds")
+    assert first == again
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +13,19 @@ import torch
 from diff2to3.assets import load_asset
 from diff2to3.errors import InputError
 from diff2to3.evaluation.assets import choose_assets, pack_of
+from diff2to3.evaluation.engine import score
+from diff2to3.evaluation.models import Autoencoder
 from diff2to3.evaluation.parallel import run_items
-from diff2to3.evaluation.reconstruction import Setup, reconstruct_and_compare, reconstruction_rules, scores
+from diff2to3.evaluation.protocol import Protocol, reconstruction_rules
 from diff2to3.evaluation.runs import RunFolder
-from diff2to3.gaussians.render import render
+from diff2to3.evaluation.scores import Pairs
+from diff2to3.evaluation.sources import MeshSource
+from diff2to3.evaluation.subjects import Subject
+from diff2to3.gaussians.render import render, render_pictures
 from diff2to3.metrics.image import psnr
-from diff2to3.types import Views
+from diff2to3.metrics.pairs import pair_values
 from diff2to3.views import RenderConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--views", "2", "--resolution", "32"]
 
 
@@ -74,13 +73,16 @@ def test_a_result_of_val(evaluate, boxes, vae, tmp_path, capsys):
         f"{result['mean']['psnr']:.2f}" in captured.out and "3 of 4 assets scored, 1 failed" in captured.out
     )
     # One asset again, from the parts: the same mesh, cameras, and metric.
-    record = next(r for r in choose_assets([str(boxes)]).records if r.id == "plain/box-1")
     lighting = RenderConfig(supersample=1, lighting=RenderConfig().lighting.__class__(mode="unlit"))
-    rules = reconstruction_rules(2, 32, 0, lighting)
-    made = reconstruct_and_compare(Setup(str(vae), rules), record)
-    assert made.values["psnr"] == pytest.approx(result["assets"]["plain/box-1"]["psnr"])
-    again = scores(made.reconstruction.gaussians, made.truth)
-    assert again["ssim"] == pytest.approx(result["assets"]["plain/box-1"]["ssim"])
+    _, made, truth = reconstructed(boxes, vae, reconstruction_rules(2, 32, 0, lighting))
+    values = pair_values(
+        render_pictures(made.gaussians, truth.viewmats, truth.Ks, 32, 32)[0],
+        truth.composite(1.0),
+        truth.alphas,
+        None,
+    )
+    for metric, value in values.items():
+        assert value == pytest.approx(result["assets"]["plain/box-1"][metric])
 
 
 def test_an_asset_too_thin_to_see_has_no_foreground(evaluate, tmp_path, capsys):
@@ -98,18 +100,25 @@ def test_an_asset_too_thin_to_see_has_no_foreground(evaluate, tmp_path, capsys):
     assert "—" in capsys.readouterr().out
 
 
+def reconstructed(boxes: Path, vae: Path, rules: Protocol):
+    """(subject, reconstruction, the asset's views), by the parts alone."""
+    subject = Subject("plain/box-1", rules, MeshSource((str(boxes),)), torch.device("cpu"))
+    made = Autoencoder(str(vae)).network(subject.mesh, name=subject.id)
+    size, cameras = rules.resolution, subject.cameras
+    return subject, made, subject.renderer.render(cameras.viewmats, cameras.Ks, size, size)
+
+
 def test_scores_are_of_held_out_views_on_white(vae, boxes):
-    record = next(r for r in choose_assets([str(boxes)]).records if r.id == "plain/box-1")
-    made = reconstruct_and_compare(Setup(str(vae), reconstruction_rules(3, 24)), record)
-    distances = torch.cdist(made.truth.viewmats.flatten(1), made.reconstruction.views.viewmats.flatten(1))
-    assert float(distances.min()) > 1e-3
-    g, truth = made.reconstruction.gaussians, made.truth
-    drawn = render(g, truth.viewmats, truth.Ks, 24, 24, background=1.0).colors.clamp(0, 1)
+    subject, made, truth = reconstructed(boxes, vae, reconstruction_rules(3, 24))
+    assert float(torch.cdist(truth.viewmats.flatten(1), made.views.viewmats.flatten(1)).min()) > 1e-3
+    shown = Autoencoder(str(vae)).pictures(subject, subject.cameras)
+    values = score([Pairs()], subject, subject.source, shown)
+    drawn = render(made.gaussians, truth.viewmats, truth.Ks, 24, 24, background=1.0).colors.clamp(0, 1)
     expected = psnr(drawn, truth.images * truth.alphas[..., None] + 1 - truth.alphas[..., None]).mean()
-    assert made.values["psnr"] == pytest.approx(float(expected), abs=1e-6)
+    assert values["psnr"] == pytest.approx(float(expected), abs=1e-6)
     # Exactly right pictures score as such.
-    perfect = Views(drawn, torch.ones_like(truth.alphas), truth.viewmats, truth.Ks)
-    assert scores(g, perfect)["psnr"] > 90 and scores(g, perfect)["ciede2000"] < 1e-3
+    perfect = score([Pairs()], subject, subject.source, subject.truth)
+    assert perfect["psnr"] > 90 and perfect["ciede2000"] < 1e-3
 
 
 def test_zips_know_the_split_of_the_manifest_beside_them(evaluate, boxes, tmp_path):
@@ -124,53 +133,73 @@ def test_zips_know_the_split_of_the_manifest_beside_them(evaluate, boxes, tmp_pa
         choose_assets([str(boxes)], "test")
 
 
-def test_killed_and_run_again_gives_the_same(evaluate, boxes, vae, tmp_path):
-    """In two processes of its own, killed after the first assets; continued and, elsewhere, run without a stop."""
-    out = tmp_path / "killed.json"
-    command = [
-        sys.executable,
-        str(ROOT / "eval" / "reconstruction.py"),
-        "--assets",
-        str(boxes),
-        "--model",
-        str(vae),
-    ]
-    command += [
-        "--split",
-        "val",
-        *SMALL,
-        "--device",
-        "cpu",
-        "--worst",
-        "1",
-        "--out",
-        str(out),
-        "--workers",
-        "1",
-    ]
-    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    lines = tmp_path / "killed.json.partial" / "results-0.jsonl"
-    while child.poll() is None and not (lines.is_file() and lines.read_bytes().count(b"\n") >= 1):
-        time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    kept = lines.read_bytes() if lines.is_file() else b""
-    assert kept.count(b"\n") >= 1 and not out.exists()
+@pytest.fixture
+def stopped(evaluate, tmp_path, monkeypatch):
+    """A run of val that was stopped when it had scored one asset: (its command again, the file of its lines)."""
+    out, original = tmp_path / "stopped.json", RunFolder.append
+
+    def run(*more: str) -> int:
+        return evaluate(out, "--split", "val", "--worst", "1", *more)
+
+    def append(self, rank, row):
+        original(self, rank, row)
+        if "values" in row:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append", append)
+        assert run() == 130
+    lines = tmp_path / "stopped.json.partial" / "results-0.jsonl"
+    assert lines.read_bytes().count(b'"values"') == 1 and not out.exists()
+    return run, lines
+
+
+def test_stopped_and_run_again_gives_the_same(stopped, evaluate, tmp_path, monkeypatch):
+    """Continued and, elsewhere, run without a stop. (A process that is killed is in test_toys4k.py.)"""
+    run, lines = stopped
+    kept = lines.read_bytes()
     with open(lines, "ab") as stream:
         stream.write(b'{"id": "half a li')  # as a crash in the middle of writing leaves it
-    seen = []
-    original = RunFolder.append
-    try:
-        RunFolder.append = lambda self, rank, row: (seen.append(row["id"]), original(self, rank, row))[1]  # type: ignore
-        assert evaluate(out, "--split", "val", "--worst", "1") == 0
-    finally:
-        RunFolder.append = original  # type: ignore[method-assign]
+    seen, original = [], RunFolder.append
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            RunFolder, "append", lambda self, rank, row: (seen.append(row["id"]), original(self, rank, row))
+        )
+        assert run() == 0
     done = {json.loads(line)["id"] for line in kept.splitlines() if "values" in json.loads(line)}
     assert done and not done & set(seen)
     assert evaluate(tmp_path / "whole.json", "--split", "val", "--worst", "1") == 0
-    assert without_run(out) == without_run(tmp_path / "whole.json")
+    assert without_run(tmp_path / "stopped.json") == without_run(tmp_path / "whole.json")
     assert not lines.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seed", "1"], "holds a run with another protocol"),  # a mistyped flag
+        (["--limit", "2"], "holds a run with another assets"),
+        (["--views", "0"], "--views"),
+        (["--weights", "lpips=nowhere"], "nowhere"),
+    ],
+)
+def test_no_error_deletes_what_a_stopped_run_has_computed(stopped, words, said, capsys):
+    run, lines = stopped
+    before = {p: p.read_bytes() for p in lines.parent.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert run(*words) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line and ("another --out" in line) == ("holds a run" in line)
+    assert {p: p.read_bytes() for p in lines.parent.rglob("*") if p.is_file()} == before
+    assert run() == 0
+
+
+def test_a_damaged_record_of_a_run_deletes_nothing(stopped, capsys):
+    run, lines = stopped
+    kept = lines.read_bytes()
+    (lines.parent / "run.json").write_text("[1, ")
+    assert run() == 2
+    assert "run.json: cannot be used as a run's folder" in capsys.readouterr().err
+    assert lines.read_bytes() == kept
 
 
 def fail_or_work(context: str, item: str) -> dict:

@@ -110,7 +110,9 @@ def test_generation_end_to_end(program, toys4k, method, tiny, weights, tmp_path,
     # FD and KD again, from the features that the run kept.
     folder = RunFolder(out)
     for extractor in ("inception", "dinov2"):
-        pairs = [folder.load_features(asset_id, extractor) for asset_id in sorted(table["assets"])]
+        pairs = [
+            folder.load_features(asset_id, "from_photo", extractor) for asset_id in sorted(table["assets"])
+        ]
         ours, truth = (torch.cat(side) for side in zip(*pairs, strict=True))
         assert len(ours) == len(truth) == 10
         fd = frechet_distance(FeatureMoments.of([ours]), FeatureMoments.of([truth]))
@@ -243,12 +245,13 @@ def broken(subject):
 
 def test_an_asset_that_fails_is_reported_and_tried_again(reconstruct, toys4k, tmp_path, capsys):
     """A folder of .ply files that lacks one."""
-    from diff2to3.evaluation.sources import MeshSource, Subject, open_source
+    from diff2to3.evaluation.sources import open_source
+    from diff2to3.evaluation.subjects import Subject
     from diff2to3.gaussians.ply import write_ply
 
     folder = tmp_path / "plys"
     folder.mkdir()
-    truth = MeshSource(f"toys4k:{toys4k}")
+    truth = MeshSource((f"toys4k:{toys4k}",))
     rules = Protocol(resolution=32)
     method = tmp_path / "method.py"
     made = open_source(f"call:{method}:dots", torch.device("cpu"))
@@ -305,7 +308,7 @@ def test_assets_are_drawn_and_chosen_by_the_owners_names(program, toys4k, tmp_pa
     assert capsys.readouterr().out == listed
     ranked = sorted(names, key=lambda name: hashlib.sha256(f"0:{name}".encode()).hexdigest())
     assert listed.splitlines()[1:] == sorted(ranked[:3])
-    truth = MeshSource(f"toys4k:{toys4k}")
+    truth = MeshSource((f"toys4k:{toys4k}",))
     (tmp_path / "ids.txt").write_text(listed)
     drawn, _ = choose_ids(Namespace(ids=None), Protocol(num_assets=3), truth)
     given, _ = choose_ids(Namespace(ids=tmp_path / "ids.txt"), Protocol(num_assets=3), truth)

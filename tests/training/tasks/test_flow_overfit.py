@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diff2to3.data.store import AssetStore
-from diff2to3.evaluation.generation import as_image
+from diff2to3.evaluation.subjects import rgba_image
 from diff2to3.gaussians.render import render
 from diff2to3.metrics.geometry import voxel_iou
 from diff2to3.metrics.image import psnr
@@ -74,7 +74,7 @@ def test_eight_assets_come_back_from_one_picture_each(dataset: Path, model: Imag
     once, scores = StageSettings(1, 1.0, shift=1.0), []
     for k, asset in enumerate(assets):
         seen = store.views(asset, "cond", (k * 7 % 24,))
-        made = model(as_image(seen), seed=k, structure=once, latent=once)
+        made = model(rgba_image(seen.images[0], seen.alphas[0]), seed=k, structure=once, latent=once)
         truth = store.coords(asset, 32)
         iou = voxel_iou(made.latents.coords[:, 1:], truth)
         stored = store.open(asset, "structures_mini").tensors("latents.safetensors")["mean"].float()
