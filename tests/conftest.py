@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--device", default="cuda", help="what tests/gpu runs on: cuda, or cpu for a rehearsal")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -27,7 +28,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(skip_slow)
-        if "cuda" in item.keywords and not torch.cuda.is_available():
+        rehearsed = config.getoption("--device") == "cpu" and {"device", "gpu"} & set(item.fixturenames)  # type: ignore[attr-defined]
+        if "cuda" in item.keywords and not torch.cuda.is_available() and not rehearsed:
             item.add_marker(skip_cuda)
 
 
