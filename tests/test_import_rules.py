@@ -214,6 +214,42 @@ def test_module_keeps_to_the_rules(module: str) -> None:
     assert found + call_violations(module, source) == []
 
 
+def missing_names(sources: dict[str, str]) -> list[str]:
+    """Names that a module takes from another of the package, which has none such."""
+    plain = {name.removesuffix(".__init__"): name for name in sources}
+    defined: dict[str, set[str]] = {}
+    for name, source in sources.items():
+        found = {"__version__", "__file__", "__doc__", "__name__"}
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        defined[name] = found
+    bad = []
+    for module, source in sources.items():
+        for name in imports(module, ast.parse(source)):
+            owner, _, own = name.rpartition(".")
+            if name.startswith("diff2to3.") and name not in plain:
+                if owner not in plain or (
+                    own not in defined[plain[owner]] and "__getattr__" not in defined[plain[owner]]
+                ):
+                    bad.append(f"{module} imports {name}")
+    return bad
+
+
+def test_what_is_imported_exists() -> None:
+    """Of imports in functions too, which fail only when they are reached."""
+    assert missing_names(MODULES) == []
+    planted = {
+        "diff2to3.a": "X = 1",
+        "diff2to3.b": "def f():\n    from diff2to3.a import Y\n    from diff2to3.a import X",
+    }
+    assert missing_names(planted) == ["diff2to3.b imports diff2to3.a.Y"]
+
+
 def test_no_module_imports_itself_through_others() -> None:
     assert circle(import_graph(MODULES)) == []
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from diff2to3.errors import InputError
 from diff2to3.pipeline.cutout import MAX_REMOVAL_SIDE, shrunk
-from diff2to3.pipeline.photos import MIN_SIDE, to_8_bit
+from diff2to3.pipeline.photo_files import MIN_SIDE, to_8_bit
 
 #: What photos are: Pillow tries no other decoder on what a stranger sends.
 DECODERS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
