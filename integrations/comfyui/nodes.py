@@ -50,10 +50,10 @@ class LoadModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: str, device: str, low_memory: bool) -> Any:
-        from diff2to3.pipeline.load import load_model
+        from diff2to3.pipeline import ImageTo3D
 
         chosen = comfy_device() if device == "auto" else torch.device(device)
-        return io.NodeOutput(load_model(model.strip(), device=chosen, low_memory=low_memory))
+        return io.NodeOutput(ImageTo3D.from_pretrained(model.strip(), device=chosen, low_memory=low_memory))
 
 
 class ImageTo3DNode(io.ComfyNode):
