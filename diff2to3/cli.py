@@ -15,7 +15,7 @@ from diff2to3.streams import make_usable
 
 #: name -> one line of help. The module is diff2to3.commands.<name>.
 COMMANDS = {
-    "convert": "write a model bundle from TRELLIS's published files",
+    "convert": "write 3D Gaussians in another file format; a model bundle from TRELLIS's files",
     "data": "make a training set from 3D files, and look at it",
     "doctor": "show what is built and found on this machine, and how to add what is missing",
     "generate": "make 3D Gaussian assets from photos or texts",

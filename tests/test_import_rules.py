@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: error.
 BASE = {"types", "errors", "files", "streams", "worker", "hub", "blender", "nn", "kernels"}
 STAGES = {"assets", "views", "voxels", "photo", "vae", "flow", "gaussians", "metrics"}
-SHARED = BASE | STAGES | {"checkpoint", "config", "machine", "networks"}
+SHARED = BASE | STAGES | {"formats", "checkpoint", "config", "machine", "networks"}
 LAYERS: dict[str, set[str]] = {
     "types": set(),
     "errors": set(),
@@ -40,6 +40,7 @@ LAYERS: dict[str, set[str]] = {
     "commands": SHARED | {"data", "pipeline", "web", "doctor"},
     "cli": {"commands", "errors", "streams"},
     "__init__": SHARED | {"pipeline"},
+    "formats": {"gaussians", "types", "errors", "files"},
 }
 #: The one package from outside that a module of kernels/ is there to call, inside functions.
 ADAPTERS = {"diff2to3.kernels.rasterize_gsplat": {"gsplat"}}

@@ -23,6 +23,7 @@ import torch
 from diff2to3.errors import InputError
 from diff2to3.flow.denoise import MULTI_IMAGE_MODES, resampled
 from diff2to3.flow.samplers import SAMPLERS
+from diff2to3.formats import FRAMES, WRITABLE, format_named
 from diff2to3.machine import limit_threads
 from diff2to3.pipeline.cutout import METHODS
 from diff2to3.pipeline.outputs import TURNTABLES, OutputFolder, Writer, check_turntable, describe
@@ -53,6 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-samples", type=int, default=1, help="assets from each input, by seed, seed + 1, …"
     )
     what.add_argument("--seed", type=int, default=0)
+    what.add_argument(
+        "--format", default="ply", metavar="NAMES",
+        help=f"files of Gaussians to write, with commas between: {', '.join(WRITABLE)} (default: ply)",
+    )  # fmt: skip
+    what.add_argument(
+        "--frame", choices=tuple(FRAMES), help="axes of those files (default: as viewers expect)"
+    )
+    what.add_argument(
+        "--bake-filter", action="store_true",
+        help="for viewers that blur by 0.3 px²: Gaussians changed so that they look right there",
+    )  # fmt: skip
     what.add_argument(
         "--turntable", choices=TURNTABLES, default="png",
         help="a sheet of 8 views, an animation, or a film (default: png)",
@@ -146,13 +158,17 @@ def run(args: argparse.Namespace) -> int:
     check_numbers(args)
     jobs = collect_jobs(args)
     check_turntable(args.turntable)
+    formats = [format_named(name) for name in dict.fromkeys(args.format.split(","))]
     device = choose_device(args.device)
     output = OutputFolder(args.out, one_asset=len(jobs) * args.num_samples == 1)
     with output:
         model = load(args, device)
         seconds = {"start": start - args.started, "load": time.perf_counter() - start}
         common = describe(args.model, model, device)
-        writer = Writer(output, args.turntable, common, seconds, viewer=args.viewer)
+        encoding = {"frame": args.frame, "bake_filter": args.bake_filter}
+        writer = Writer(
+            output, args.turntable, common, seconds, viewer=args.viewer, formats=formats, encoding=encoding
+        )
         failed = Run(args, model, writer).all(tasks_of(jobs, args))
     for note in model.notes:
         print(f"diff2to3 generate: {note}", file=sys.stderr)

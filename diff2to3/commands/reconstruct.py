@@ -22,8 +22,8 @@ from diff2to3.commands.generate import choose_device, make_folder
 from diff2to3.commands.render import DEFAULT_VIEWS, turn
 from diff2to3.errors import InputError
 from diff2to3.files import write_atomic
+from diff2to3.formats import FORMATS, encode
 from diff2to3.gaussians.pictures import check_format, write_frames
-from diff2to3.gaussians.ply import ply_bytes
 from diff2to3.pipeline.load import DTYPES
 from diff2to3.pipeline.reconstruct import Reconstruction, Reconstructor
 from diff2to3.views.cameras import CameraConfig, sample_cameras
@@ -163,7 +163,7 @@ def metadata(model: str, path: Path, transform: np.ndarray) -> dict[str, Any]:
 def write(path: Path, made: Reconstruction, note: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, ply_bytes(made.gaussians, note))
+        write_atomic(path, encode(made.gaussians, FORMATS["ply"], note))
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
 

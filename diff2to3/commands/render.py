@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diff2to3.errors import InputError
+from diff2to3.formats import read
 from diff2to3.gaussians.pictures import check_format, write_frames
-from diff2to3.gaussians.ply import read_ply
 from diff2to3.pipeline.camera_file import read_camera
 from diff2to3.pipeline.turntable import DEFAULT_VIEWS, frames
 from diff2to3.types import Gaussians
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         if not low <= getattr(args, name) <= high:
             raise InputError(f"--{name}: expected a number from {low} to {high}, got {getattr(args, name)}")
     num_views = DEFAULT_VIEWS[args.out.suffix.lower()] if args.views is None else args.views
-    gaussians, metadata = read_ply(args.ply, means_dtype=torch.float64 if args.fit else torch.float32)
+    gaussians, metadata = read(args.ply, means_dtype=torch.float64 if args.fit else torch.float32)
     for note in metadata.get("notes", []):
         print(f"diff2to3 render: {note}", file=sys.stderr)
     if len(gaussians) == 0:

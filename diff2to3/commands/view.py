@@ -14,7 +14,7 @@ from pathlib import Path
 
 from diff2to3.errors import InputError
 from diff2to3.files import write_atomic
-from diff2to3.gaussians.ply import read_ply
+from diff2to3.formats import read
 from diff2to3.gaussians.render import EPS2D
 from diff2to3.pipeline.photo_files import open_photo
 from diff2to3.web.viewer import viewer_page
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    gaussians, metadata = read_ply(args.file)
+    gaussians, metadata = read(args.file)
     for note in metadata.pop("notes", []):
         print(f"diff2to3 view: {note}", file=sys.stderr)
     if len(gaussians) == 0:

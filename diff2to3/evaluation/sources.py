@@ -41,7 +41,8 @@ from diff2to3.evaluation.subjects import (
     show_gaussians,
     show_views,
 )
-from diff2to3.gaussians.ply import read_ply
+from diff2to3.formats.frames import frame_in, out_of_frame
+from diff2to3.formats.ply import read_ply
 from diff2to3.types import Gaussians, Mesh, Views
 from diff2to3.views import make_renderer
 
@@ -79,7 +80,9 @@ class GaussianSource(Source):
         path = self.path / f"{subject.id}.ply"
         gaussians, metadata = read_ply(path)
         viewmats = cameras.viewmats
-        if self.up == "y":  # (x, y, z) of the file is (x, -z, y) of the object frame
+        if self.up == "z":  # what a file says of itself goes before what is usual
+            gaussians = out_of_frame(gaussians, frame_in(metadata) or "native")
+        else:  # (x, y, z) of the file is (x, -z, y) of the object frame
             turn = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
             viewmats = viewmats @ turn
         turned = Cameras(viewmats, cameras.Ks, cameras.resolution)

@@ -1,4 +1,6 @@
-"""What generation leaves behind: a .ply, a turntable and metadata.json an asset, each set whole or not at all."""
+"""What generation leaves behind: files of Gaussians, a turntable and metadata.json an asset, each set whole or not at
+all.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +20,8 @@ import torch
 from diff2to3 import __version__
 from diff2to3.errors import InputError, MissingDependencyError
 from diff2to3.files import sync_folder
-from diff2to3.gaussians.ply import CONVENTIONS, ply_bytes
+from diff2to3.formats import FORMATS, Format, encode
+from diff2to3.formats.comments import CONVENTIONS
 from diff2to3.gaussians.render import EPS2D
 from diff2to3.machine import peak_memory
 from diff2to3.pipeline.turntable import DEFAULT_VIEWS, turntable
@@ -93,18 +96,23 @@ class Writer:
         seconds: Mapping[str, float],
         *,
         viewer: bool = False,
+        formats: Sequence[Format] = (FORMATS["ply"],),
+        encoding: Mapping[str, Any] | None = None,
     ) -> None:
+        """``encoding``: options of :func:`diff2to3.formats.encode`."""
+        self.formats, self.encoding = formats, dict(encoding or {})
         self.output, self.picture, self.viewer = output, picture, viewer
         self.common, self.seconds = common, seconds
 
     def write(self, stem: str, result: Result, own: Mapping[str, Any]) -> tuple[Path, float]:
-        """All files of one asset; returns the .ply's path and the seconds spent on the asset.
+        """All files of one asset; returns the path of the Gaussians and the seconds spent on the asset.
 
         The files are written and forced to the disk under a hidden folder first, then renamed one after another.
         """
-        ply, picture = f"{stem}.ply", f"{stem}_turntable.{self.picture}"
+        files = [f"{stem}{entry.ending}" for entry in self.formats]
+        picture = f"{stem}_turntable.{self.picture}"
         page = [f"{stem}.html"] if self.viewer else []
-        names = [ply, *([] if self.picture == "none" else [picture]), *page, "metadata.json"]
+        names = [*files, *([] if self.picture == "none" else [picture]), *page, "metadata.json"]
         seconds = {**self.seconds, **result.seconds}
         try:
             with tempfile.TemporaryDirectory(dir=self.output.folder, prefix=".diff2to3-") as temporary:
@@ -113,9 +121,11 @@ class Writer:
                 if self.picture != "none":
                     draw(folder / picture, result)
                     seconds["turntable"] = time.perf_counter() - before
-                before = time.perf_counter()
-                (folder / ply).write_bytes(ply_bytes(result.gaussians, self.note(result)))
-                seconds["ply"] = time.perf_counter() - before
+                for name, entry in zip(files, self.formats, strict=True):
+                    before = time.perf_counter()
+                    content = encode(result.gaussians, entry, self.note(result), **self.encoding)
+                    (folder / name).write_bytes(content)
+                    seconds[entry.name] = time.perf_counter() - before
                 for name in page:
                     before = time.perf_counter()
                     (folder / name).write_text(result_page(result, stem, self.note(result)), encoding="utf-8")
@@ -126,11 +136,11 @@ class Writer:
                     sync(folder / name)
                 place = self.output.replace(stem, {name: folder / name for name in names})
         except OSError as error:
-            raise unwritable(self.output.folder / ply, error) from error
-        return place / ply, sum(seconds.values()) - sum(self.seconds.values())
+            raise unwritable(self.output.folder / files[0], error) from error
+        return place / files[0], sum(seconds.values()) - sum(self.seconds.values())
 
     def note(self, result: Result) -> dict[str, Any]:
-        """What the .ply says about itself."""
+        """What the files say about themselves."""
         return {
             "generator": f"diff2to3 {__version__}",
             "seed": result.seed,

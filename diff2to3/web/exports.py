@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from diff2to3.gaussians.ply import ply_bytes
+from diff2to3.formats import FORMATS, Format, encode
 from diff2to3.web.jobs import Outcome
 from diff2to3.web.viewer import viewer_page
 
@@ -20,8 +20,13 @@ class Export:
     make: Callable[[Outcome, str], bytes]
 
 
-def ply(outcome: Outcome, name: str) -> bytes:
-    return ply_bytes(outcome.gaussians, outcome.note)
+def splats(entry: Format) -> Export:
+    """A file of Gaussians."""
+
+    def make(outcome: Outcome, name: str) -> bytes:
+        return encode(outcome.gaussians, entry, outcome.note)
+
+    return Export(entry.name, entry.label, entry.media_type, make)
 
 
 def html(outcome: Outcome, name: str) -> bytes:
@@ -31,8 +36,9 @@ def html(outcome: Outcome, name: str) -> bytes:
 
 def exports() -> dict[str, Export]:
     """By ending."""
+    order = sorted(FORMATS, key=lambda name: name != "ply")  # the usual one first
     found = [
-        Export("ply", "3DGS .ply", "application/octet-stream", ply),
+        *(splats(FORMATS[name]) for name in order if FORMATS[name].write is not None),
         Export("html", "page with viewer", "application/octet-stream", html),
     ]
     return {export.ending: export for export in found}

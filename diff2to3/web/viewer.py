@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from diff2to3 import __version__
-from diff2to3.gaussians.ply import CONVENTIONS
+from diff2to3.formats.comments import CONVENTIONS
 from diff2to3.gaussians.render import EPS2D
 from diff2to3.types import Gaussians
 from diff2to3.web.payload import pack

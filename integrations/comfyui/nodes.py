@@ -218,7 +218,7 @@ def splat_of(objects: Sequence[Gaussians]) -> Any:
 
 def ply_of(result: Result) -> Any:
     """A .ply in memory, y down as other programs expect."""
-    from diff2to3.gaussians.ply import ply_bytes
+    from diff2to3.formats.ply import ply_bytes
     from diff2to3.gaussians.render import EPS2D
     from diff2to3.gaussians.turn import Y_DOWN, turned
 

@@ -12,7 +12,7 @@ import gradio as gr
 from PIL import Image
 
 from diff2to3.errors import InputError
-from diff2to3.gaussians.ply import write_ply
+from diff2to3.formats.ply import write_ply
 from diff2to3.pipeline import ImageTo3D
 from diff2to3.web.viewer import home_of, seen_picture, viewer_page
 

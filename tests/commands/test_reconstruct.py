@@ -11,7 +11,7 @@ import torch
 
 from diff2to3.assets import load_mesh
 from diff2to3.cli import main
-from diff2to3.gaussians.ply import read_ply
+from diff2to3.formats import read as read_ply
 from diff2to3.pipeline.reconstruct import Reconstructor
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from diff2to3.cli import main
-from diff2to3.gaussians.ply import ply_bytes
+from diff2to3.formats.ply import ply_bytes
 from diff2to3.gaussians.render import render
 from diff2to3.pipeline.camera_file import camera_entry, read_camera
 from diff2to3.types import Gaussians

@@ -21,7 +21,7 @@ from diff2to3.evaluation.runs import RunFolder
 from diff2to3.evaluation.sources import MeshSource, open_source
 from diff2to3.evaluation.subjects import Subject
 from diff2to3.evaluation.summary import bootstrap_mean, paired_differences, set_distances
-from diff2to3.gaussians.ply import write_ply
+from diff2to3.formats.ply import write_ply
 from diff2to3.types import Gaussians
 from diff2to3.views import CameraConfig, LightingConfig, RenderConfig
 

@@ -247,7 +247,7 @@ def test_an_asset_that_fails_is_reported_and_tried_again(reconstruct, toys4k, tm
     """A folder of .ply files that lacks one."""
     from diff2to3.evaluation.sources import open_source
     from diff2to3.evaluation.subjects import Subject
-    from diff2to3.gaussians.ply import write_ply
+    from diff2to3.formats.ply import write_ply
 
     folder = tmp_path / "plys"
     folder.mkdir()

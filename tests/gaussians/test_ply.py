@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from diff2to3.commands.render import fit_unit_box
 from diff2to3.errors import InputError
-from diff2to3.gaussians.ply import ply_bytes, ply_columns, read_ply, write_ply
+from diff2to3.formats.ply import ply_bytes, ply_columns, read_ply, write_ply
 from diff2to3.types import Gaussians
 
 
@@ -131,7 +131,7 @@ def damaged():
         "NaN or infinite positions in every one of its 4": header + b"end_header\n" + rows.tobytes(),
         "no property opacity": mesh + b"end_header\n0 0 0\n",
         "no vertices; it holds the elements face": b"ply\nformat ascii 1.0\nelement face 1\nend_header\n",
-        "a compressed splat file (SuperSplat); export it as plain .ply": b"ply\nformat ascii 1.0\n"
+        "truncated: 1 vertices expected, 0 found": b"ply\nformat ascii 1.0\n"
         b"element chunk 1\nproperty float min_x\nelement vertex 1\nproperty uint packed_position\nend_header\n",
         "the vertices hold lists": mesh + b"property list uchar int k\nend_header\n",
         "unknown .ply format": good.replace(b"binary_little_endian", b"morse"),

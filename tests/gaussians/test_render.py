@@ -10,8 +10,8 @@ from PIL import Image
 
 from diff2to3.cli import main
 from diff2to3.errors import InputError
+from diff2to3.formats.ply import write_ply
 from diff2to3.gaussians.pictures import sheet, write_frames
-from diff2to3.gaussians.ply import write_ply
 from diff2to3.gaussians.render import render, to_uint8
 from diff2to3.kernels.library import TooManyError, resolve_backend
 from diff2to3.kernels.rasterize import rasterize

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from diff2to3.gaussians.ply import read_ply
+from diff2to3.formats.ply import read_ply
 from diff2to3.pipeline import ImageTo3D
 
 ROOT = Path(__file__).resolve().parents[2]

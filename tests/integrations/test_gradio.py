@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diff2to3.gaussians.ply import read_ply
+from diff2to3.formats.ply import read_ply
 from diff2to3.pipeline import ImageTo3D
 
 gradio = pytest.importorskip("gradio", reason='needs gradio: pip install "diff2to3[demo]"')

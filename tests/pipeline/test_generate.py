@@ -17,7 +17,7 @@ from PIL import Image
 from diff2to3 import cli
 from diff2to3.commands.generate import names_of
 from diff2to3.errors import InputError
-from diff2to3.gaussians.ply import read_ply
+from diff2to3.formats import read as read_ply
 from diff2to3.gaussians.render import render
 from diff2to3.pipeline import ImageTo3D, outputs
 from diff2to3.views.cameras import CameraConfig, sample_cameras

@@ -17,7 +17,7 @@ from diff2to3 import cli
 from diff2to3.checkpoint import read_bundle
 from diff2to3.errors import InputError
 from diff2to3.flow.denoise import StageSettings
-from diff2to3.gaussians.ply import read_ply
+from diff2to3.formats import read as read_ply
 from diff2to3.pipeline.convert import checked_sha256
 from diff2to3.pipeline.image_to_3d import ImageTo3D
 from diff2to3.pipeline.load import read_pipeline, stage_from_sampler

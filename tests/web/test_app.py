@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diff2to3.gaussians.ply import read_ply
+from diff2to3.formats import read as read_ply
 
 
 def open_app(page: Any, url: str, photo: bytes, name: str = "photo.png") -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from diff2to3.cli import main
 from diff2to3.errors import InputError
-from diff2to3.gaussians.ply import read_ply
+from diff2to3.formats import read as read_ply
 from diff2to3.pipeline import ImageTo3D
 from diff2to3.web.guard import Guard
 from diff2to3.web.uploads import decode_mask, decode_photo

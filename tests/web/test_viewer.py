@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from diff2to3.cli import main
-from diff2to3.gaussians.ply import read_ply, write_ply
+from diff2to3.formats.ply import read_ply, write_ply
 from diff2to3.gaussians.render import EPS2D, render
 from diff2to3.types import Gaussians
 from diff2to3.views.cameras import intrinsics, look_at

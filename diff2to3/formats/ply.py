@@ -24,14 +24,10 @@ from torch import Tensor
 
 from diff2to3.errors import InputError
 from diff2to3.files import write_atomic
+from diff2to3.formats import compressed_ply
+from diff2to3.formats.comments import COMMENT, comment_line
 from diff2to3.types import Gaussians
 
-COMMENT = "diff2to3"
-#: What every file of ours says about itself, beside what the caller adds.
-CONVENTIONS = {
-    "frame": "right-handed, z up",
-    "color_space": "sRGB-encoded",
-}
 #: Opacities are kept this far from 0 and 1, so that their logits are finite.
 OPACITY_MARGIN = 1e-6
 SMALLEST_SCALE = 1e-12
@@ -77,8 +73,7 @@ def ply_bytes(gaussians: Gaussians, metadata: Mapping[str, Any] | None = None) -
     bad = [name for name, values in columns.items() if not np.isfinite(values).all()]
     if bad:
         raise ValueError(f"gaussians: NaN or infinite values in {', '.join(bad)}")
-    note = json.dumps({**CONVENTIONS, **(metadata or {})}, ensure_ascii=True)
-    header = ["ply", "format binary_little_endian 1.0", f"comment {COMMENT} {note}"]
+    header = ["ply", "format binary_little_endian 1.0", comment_line(metadata or {})]
     header += [f"element vertex {len(gaussians)}"]
     header += [f"property float {name}" for name in columns]
     header += ["end_header", ""]
@@ -126,11 +121,22 @@ def read_ply(
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return parse_ply(data, path, means_dtype)
+
+
+def parse_ply(
+    data: bytes, path: Path, means_dtype: torch.dtype = torch.float32
+) -> tuple[Gaussians, dict[str, Any]]:
+    """The same of a file's content. ``path`` is for messages."""
     header, start = parse_header(path, data)
     columns = read_vertices(path, header, data, start)
-    gaussians, note = gaussians_from_columns(path, columns, means_dtype)
-    notes = {"notes": [note]} if note else {}
-    return gaussians, {**header.metadata, **notes}
+    if header.compressed:
+        chunks, sh = (element_columns(path, header, data, start, name) for name in ("chunk", "sh"))
+        gaussians, lines = compressed_ply.decode(chunks, columns, sh, str(path))
+    else:
+        gaussians, note = gaussians_from_columns(path, columns, means_dtype)
+        lines = [note] if note else []
+    return gaussians, {**header.metadata, **({"notes": lines} if lines else {})}
 
 
 @dataclass
@@ -146,12 +152,18 @@ class Element:
 
 @dataclass(frozen=True)
 class Header:
-    """``before``: the elements that come before the vertices."""
+    """``before`` and ``after``: the elements that come before the vertices, and those that follow."""
 
     order: str
     before: tuple[Element, ...]
     vertex: Element
+    after: tuple[Element, ...]
     metadata: dict[str, Any]
+
+    @property
+    def compressed(self) -> bool:
+        """PlayCanvas's compressed layout."""
+        return any(name == "packed_position" for name, *_ in self.vertex.properties)
 
 
 def parse_header(path: Path, data: bytes) -> tuple[Header, int]:
@@ -183,13 +195,11 @@ def parse_header(path: Path, data: bytes) -> tuple[Header, int]:
         raise InputError(f"{path}: no vertices; it holds the elements {', '.join(names) or 'none'}")
     at = names.index("vertex")
     vertex = elements[at]
-    if any(name == "packed_position" for name, *_ in vertex.properties):
-        raise InputError(f"{path}: a compressed splat file (SuperSplat); export it as plain .ply")
     if any(kinds[:1] == ["list"] for _, *kinds in vertex.properties):
         raise InputError(f"{path}: not a .ply of 3D Gaussians: the vertices hold lists")
     for element in elements[: at + 1]:
         element.properties = [typed(path, element.name, *words) for words in element.properties]
-    return Header(order, tuple(elements[:at]), vertex, metadata), newline + 1
+    return Header(order, tuple(elements[:at]), vertex, tuple(elements[at + 1 :]), metadata), newline + 1
 
 
 def typed(path: Path, element: str, name: str, *kinds: str) -> tuple[str, ...]:
@@ -238,6 +248,29 @@ def read_vertices(path: Path, header: Header, data: bytes, start: int) -> dict[s
     rows = np.frombuffer(data, layout, count, start)
     with np.errstate(invalid="ignore"):  # signalling NaNs
         return {name: rows[name].astype(np.float64) for name in names}
+
+
+def element_columns(path: Path, header: Header, data: bytes, start: int, name: str) -> dict[str, np.ndarray]:
+    """Property name → values of an element of plain numbers in a compressed file; empty where there is none."""
+    if header.order == "ascii":
+        raise InputError(f"{path}: a compressed splat file as text, which no program writes")
+    for element in (*header.before, header.vertex, *header.after):
+        if element.name == name:
+            if header.vertex is not element and element in header.after:
+                element.properties = [typed(path, name, *words) for words in element.properties]
+            if any(len(kinds) > 1 for _, *kinds in element.properties):
+                raise InputError(f"{path}: the element {name} holds lists; the file is damaged")
+            names = [word for word, *_ in element.properties]
+            if len(set(names)) < len(names):
+                raise InputError(f"{path}: a property of {name} occurs twice")
+            layout = np.dtype([(word, header.order + kind) for word, kind in element.properties])
+            if start + layout.itemsize * element.count > len(data):
+                raise InputError(f"{path}: truncated in the element {name}")
+            rows = np.frombuffer(data, layout, element.count, start)
+            with np.errstate(invalid="ignore"):
+                return {word: rows[word].astype(np.float64) for word in names}
+        start = end_of(path, element, header.order, data, start)
+    return {}
 
 
 def end_of(path: Path, element: Element, order: str, data: bytes, start: int) -> int:
