@@ -82,6 +82,8 @@ class Gltf:
     def item(self, collection: str, index: int) -> Json:
         """``json[collection][index]``; InputError when it is not there."""
         items = self.json.get(collection, [])
+        if isinstance(index, float) and index.is_integer():  # JSON tells 4.0 from 4 no more than glTF does
+            index = int(index)
         if not isinstance(index, int) or not 0 <= index < len(items):
             raise InputError(f"{collection}[{index}] is referred to and missing")
         found = items[index]

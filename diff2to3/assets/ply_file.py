@@ -74,7 +74,9 @@ def read_header(data: bytes) -> Header:
     if data[:3] != b"ply" or end is None:
         raise InputError("not a PLY file: no header")
     body = end.end()
-    if data[end.start() : body].endswith(b"\r") and data[body : body + 1] == b"\n" and data[3:5] == b"\r\n":
+    # A line may end in both marks, even where the header's others do not; in a header of bare returns it does not,
+    # and what looks like the second is the first value.
+    if data[body - 1 : body + 1] == b"\r\n" and not (data[3:4] == b"\r" and data[4:5] != b"\n"):
         body += 1
     order, elements, comments = None, [], []
     for line in data[3 : end.start()].replace(b"\r", b"\n").split(b"\n"):
@@ -230,59 +232,79 @@ def _columns(element: Element, rows: np.ndarray) -> dict[str, np.ndarray | Ragge
 
 
 class _TextReader:
-    """Words one after the other: where lines end does not matter, so blank lines do no harm."""
+    """A row is a line, and what a line has beyond its properties does not count. Blank lines do no harm. Where there
+    are too few lines, or one is too short, rows are taken from word to word, wherever lines end."""
 
     def __init__(self, header: Header) -> None:
-        self._words = header.data[header.body :].split()
-        self._at = 0
+        self._lines = [
+            line for line in header.data[header.body :].splitlines() if line and not line.isspace()
+        ]
+        self._words: list[bytes] | None = None
 
     def read(self, element: Element) -> dict[str, np.ndarray | Ragged]:
-        starts = self._starts(element)
-        numbers = self._numbers(self._at, starts[-1])
-        starts -= self._at
-        self._at += int(starts[-1])
-        at, found = starts[:-1].copy(), {}
-        for p in element.properties:
-            if p.count is None:
-                found[p.name] = numbers[at]
-                at += 1
-                continue
-            sizes = numbers[at].astype(np.int64)
-            firsts = np.cumsum(sizes) - sizes
-            within = np.arange(int(sizes.sum())) - np.repeat(firsts, sizes)
-            values: np.ndarray | Ragged = Ragged(numbers[np.repeat(at + 1, sizes) + within], sizes)
-            found[p.name] = values
-            at += 1 + sizes
+        if self._words is None and element.count <= len(self._lines):
+            rows = [line.split() for line in self._lines[: element.count]]
+            ends = np.cumsum([len(row) for row in rows])
+            numbers = _floats([word for row in rows for word in row])
+            found = _split_rows(element, numbers, ends - [len(row) for row in rows], ends)
+            if found is not None:
+                del self._lines[: element.count]
+                return found
+        if self._words is None:
+            self._words = b"\n".join(self._lines).split()
+        starts = self._starts(element, self._words)
+        numbers = _floats(self._words[: starts[-1]])
+        found = _split_rows(element, numbers, starts[:-1], starts[1:])
+        if found is None:
+            raise InputError(f"damaged PLY: a list of negative length in the element {element.name}")
+        del self._words[: starts[-1]]
         return found
 
-    def _starts(self, element: Element) -> np.ndarray:
+    def _starts(self, element: Element, words: list[bytes]) -> np.ndarray:
         """Where each row starts among the words, and where the last ends: int64 [rows + 1]."""
-        if element.count > len(self._words):
-            self._truncated(element)
         kinds = [p.count is not None for p in element.properties]
-        if not any(kinds):
-            ends = self._at + len(kinds) * np.arange(element.count + 1)
-        else:
-            at, found = self._at, [self._at]
-            try:
-                for _ in range(element.count):
-                    for is_list in kinds:
-                        at += 1 + int(self._words[at]) if is_list else 1
-                        if is_list and at < found[-1]:
-                            raise ValueError("a list of negative length")
-                    found.append(at)
-            except (IndexError, ValueError) as error:
-                raise InputError(f"damaged or truncated PLY: rows of {element.name} ({error})") from None
-            ends = np.array(found, np.int64)
-        if int(ends[-1]) > len(self._words):
+        if element.count * len(kinds) > len(words):
             self._truncated(element)
-        return ends
-
-    def _numbers(self, start: int, end: int) -> np.ndarray:
-        try:
-            return np.array(list(map(float, self._words[start:end])))
-        except ValueError as error:
-            raise InputError(f"damaged PLY: a value is no number ({error})") from None
+        at, found = 0, [0]
+        for _ in range(element.count):
+            for is_list in kinds:
+                if at >= len(words):
+                    self._truncated(element)
+                at += 1 + max(int(_floats([words[at]])[0]), 0) if is_list else 1
+            found.append(at)
+        if at > len(words):
+            self._truncated(element)
+        return np.array(found, np.int64)
 
     def _truncated(self, element: Element) -> None:
         raise InputError(f"truncated PLY: it ends within its {element.count:,} rows of {element.name}")
+
+
+def _split_rows(
+    element: Element, numbers: np.ndarray, starts: np.ndarray, ends: np.ndarray
+) -> dict[str, np.ndarray | Ragged] | None:
+    """Properties of rows that lie at ``starts`` to ``ends`` of ``numbers``; None where one is too short."""
+    at, found = starts.astype(np.int64), {}
+    for p in element.properties:
+        if (at >= ends).any():
+            return None
+        if p.count is None:
+            found[p.name] = numbers[at]
+            at = at + 1
+            continue
+        lengths = numbers[at]
+        if not ((lengths >= 0) & (at + 1 + lengths <= ends)).all():
+            return None
+        sizes = lengths.astype(np.int64)
+        within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        values: np.ndarray | Ragged = Ragged(numbers[np.repeat(at + 1, sizes) + within], sizes)
+        found[p.name] = values
+        at = at + 1 + sizes
+    return found
+
+
+def _floats(words: list[bytes]) -> np.ndarray:
+    try:
+        return np.array(list(map(float, words)))
+    except ValueError as error:
+        raise InputError(f"damaged PLY: a value is no number ({error})") from None

@@ -398,6 +398,38 @@ def test_ply_strips_and_face_colours():
     np.testing.assert_allclose(colors, [[1, ((0.5 + 0.055) / 1.055) ** 2.4, 0, 1]] * 3, atol=1e-6)
 
 
+def test_ply_rows_are_lines_where_they_can_be():
+    header = (
+        "ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float y\nproperty float z\n"
+        "element face 1\nproperty list uchar int vertex_indices\nproperty uchar flags\nend_header\n"
+    )
+    longer = "0 0 0 9 9\n\n1 0 0 9 9\n0 1 0 9 9\n3 0 1 2 7 5 5 5\n"  # more than the header says
+    wrapped = "0 0\n0 1 0 0\n0 1 0\n3 0 1\n2 7\n"
+    for body in (longer, wrapped):
+        mesh = load_mesh((header + body).encode(), file_type="ply")
+        assert area(mesh) == pytest.approx(0.5)
+    for body in ("0 0 0\n1 0 0\n0 1 0\n", "0 0 0\n1 0 0\n0 1 0\n3 0 1\n"):
+        with pytest.raises(InputError, match="truncated PLY: it ends within its 1 rows of face"):
+            load_mesh((header + body).encode(), file_type="ply")
+    with pytest.raises(InputError, match=r"negative length|truncated"):
+        load_mesh((header + "0 0 0\n1 0 0\n0 1 0\n-3 0 1 2 7\n").encode(), file_type="ply")
+
+
+@pytest.mark.parametrize("ends", [b"\n", b"\r\n", b"\r", b"only the last"])
+def test_ply_header_lines(ends):
+    """A body may begin with the byte of a line feed; here x of the first vertex is 10 in float64's last byte."""
+    positions = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [0.5, 0.5, 1]]).astype("<f8")
+    positions[0, 0] = np.frombuffer(b"\n" + bytes(7), "<f8")[0]
+    data = ply([[0, 3, 2, 1], [0, 1, 4], [1, 2, 4], [2, 3, 4], [3, 0, 4]], positions=positions)
+    head, body = data.split(b"end_header\n")
+    head = head.replace(b"element camera 1\nproperty list uchar float pose\n", b"")
+    body = body[13:]
+    assert body.startswith(b"\n")
+    end = b"\r\n" if ends == b"only the last" else ends
+    head = head if ends == b"only the last" else head.replace(b"\n", ends)
+    assert area(load_mesh(head + b"end_header" + end + body, file_type="ply")) == pytest.approx(PYRAMID_AREA)
+
+
 @pytest.mark.parametrize("wedge", [False, True])
 def test_ply_with_a_texture(tmp_path, wedge):
     shutil.copy(CASES / "tr1_meshlab" / "t.png", tmp_path / "skin.png")
