@@ -60,6 +60,19 @@ def killed(subject, flag=__file__ + ".flag"):
     if seen == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return dots(subject)
+
+
+def breaks(subject, flag=__file__ + ".flag"):
+    """As dots; but the first asset is a mistake of the method's, and the process dies at the second, the first time."""
+    import os, pathlib, signal
+    count = pathlib.Path(flag)
+    seen = len(count.read_text()) if count.exists() else 0
+    count.write_text("x" * (seen + 1))
+    if seen == 0:
+        len(3)
+    if seen == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return dots(subject)
 '''
 
 
@@ -125,9 +138,41 @@ def toys4k(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def method(tmp_path: Path) -> Path:
-    path = tmp_path / "method.py"
+    return write_method(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def session_method(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for what a session makes once."""
+    return write_method(tmp_path_factory.mktemp("method"))
+
+
+def write_method(folder: Path) -> Path:
+    path = folder / "method.py"
     path.write_text(METHOD)
     return path
+
+
+@pytest.fixture(scope="session")
+def recorded() -> Callable[..., None]:
+    """Compares numbers with those that two earlier programs gave for the same run: recorded(which, key=numbers, …)."""
+    held = json.loads((Path(__file__).parent / "recorded.json").read_text())
+
+    def check(which: str, **found: Any) -> None:
+        for key, numbers in found.items():
+            same(held[which][key], numbers, f"{which}: {key}")
+
+    def same(expected: Any, found: Any, where: str) -> None:
+        if isinstance(expected, dict):
+            assert set(expected) <= set(found), where
+            for name, value in expected.items():
+                same(value, found[name], f"{where}: {name}")
+        elif isinstance(expected, float):
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-5), where
+        else:
+            assert found == expected, where
+
+    return check
 
 
 #: What makes a protocol tiny.

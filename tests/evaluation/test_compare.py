@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -38,10 +39,18 @@ TINY += ["cameras.num_views=2", "shape_points=0"]
 
 
 @pytest.fixture
-def folders(toys4k, method, tmp_path) -> dict[str, Path]:
+def folders(made_folders, tmp_path) -> dict[str, Path]:
+    """A test's own copy of them."""
+    shutil.copytree(made_folders, tmp_path, dirs_exist_ok=True)
+    return {name: tmp_path / name for name in ("ply", "yup", "images", "truth")}
+
+
+@pytest.fixture(scope="module")
+def made_folders(toys4k, session_method, tmp_path_factory) -> Path:
     """The same dots as .ply, as .ply with y up, and as pictures; the truth as pictures."""
+    tmp_path = tmp_path_factory.mktemp("folders")
     truth = MeshSource((f"toys4k:{toys4k}",))
-    dots = open_source(f"call:{method}:dots", CPU)
+    dots = open_source(f"call:{session_method}:dots", CPU)
     made = {name: tmp_path / name for name in ("ply", "yup", "images", "truth")}
     for asset_id in truth.ids():
         subject = Subject(asset_id, RULES, truth, CPU)
@@ -58,7 +67,7 @@ def folders(toys4k, method, tmp_path) -> dict[str, Path]:
             (made[name] / asset_id).mkdir(parents=True)
             for view, image in enumerate((images * 255).round().byte().numpy()):
                 Image.fromarray(image).save(made[name] / asset_id / f"{view:03d}.png")
-    return made
+    return tmp_path
 
 
 class Links(HTMLParser):

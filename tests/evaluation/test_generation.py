@@ -56,7 +56,7 @@ def evaluate(program, boxes, generator_bundle, tmp_path):
     return run
 
 
-def test_a_result_with_baselines(evaluate, weights, tmp_path, capsys):
+def test_a_result_with_baselines(evaluate, weights, recorded, tmp_path, capsys):
     out = tmp_path / "r.json"
     some = [pair for pair in weights if pair.startswith(("clip", "inception"))]
     assert evaluate(out, "--split", "val", "--pictures", "1", "--weights", *some) == 0
@@ -80,6 +80,13 @@ def test_a_result_with_baselines(evaluate, weights, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "r.json", "r_pictures"]
     shown = capsys.readouterr().out
     assert "retrieval" in shown and "random" in shown
+    recorded(
+        "generation",
+        sha=result["protocol_sha256"],
+        assets=result["assets"],
+        baselines=result["baseline_assets"],
+        mean=result["mean"],
+    )
     # Again, from the cache: the same.
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*-*.safetensors")}
     assert (

@@ -42,9 +42,10 @@ def numbers(folder: Path) -> dict:
 def reconstruct(program, toys4k, method, tiny, weights):
     """Run the reconstruction program in this process: reconstruct(out, name of the method, overrides)."""
 
-    def run(out: Path, name: str = "dots", *more: str, spec: str | None = None) -> int:
+    def run(out: Path, name: str = "dots", *more: str, spec: str | None = None, workers: int = 0) -> int:
         arguments = ["reconstruction", "--assets", f"toys4k:{toys4k}", "--out", str(out), "--device", "cpu"]
         arguments += ["--method", spec or f"call:{method}:{name}", "--weights", *weights]
+        arguments += ["--workers", str(workers)]
         return program("toys4k").main([*arguments, "--offline", "--set", *tiny, *more])
 
     return run
@@ -96,7 +97,7 @@ def test_a_worse_method_scores_worse_and_a_gate_says_so(reconstruct, program, tm
     assert gate([files[0], "--baseline", files[1]]) == 0
 
 
-def test_generation_end_to_end(program, toys4k, method, tiny, weights, tmp_path, capsys):
+def test_generation_end_to_end(program, toys4k, method, tiny, weights, recorded, tmp_path, capsys):
     out = tmp_path / "run"
     arguments = ["generation", "--assets", f"toys4k:{toys4k}", "--method", f"call:{method}:from_photo"]
     arguments += ["--out", str(out), "--weights", *weights, "--offline", "--device", "cpu"]
@@ -107,6 +108,8 @@ def test_generation_end_to_end(program, toys4k, method, tiny, weights, tmp_path,
         f"{k}_{e}" for k in ("fd", "kd") for e in ("inception", "dinov2")
     } == set(metrics)
     assert set(table["weights"]) == {"inception", "dinov2", "clip"}
+    means = {name: held["value"] for name, held in metrics.items()}
+    recorded("benchmark of sets", sha=table["protocol_sha256"], assets=table["assets"], mean=means)
     # FD and KD again, from the features that the run kept.
     folder = RunFolder(out)
     for extractor in ("inception", "dinov2"):
@@ -161,6 +164,21 @@ def test_killed_at_an_asset_and_run_again_gives_the_same_table(
     assert reconstruct(out, "killed") == 0  # it dies the first time only
     assert file.read_bytes().startswith(kept) and len(file.read_bytes().splitlines()) == 5
     assert reconstruct(tmp_path / "whole", "killed") == 0
+    assert numbers(out) == numbers(tmp_path / "whole")
+
+
+def test_workers_outlive_their_assets(reconstruct, tmp_path, capsys):
+    """What breaks a method or its process is that asset's error. Other numbers are those of one process."""
+    out, flag = tmp_path / "run", tmp_path / "method.py.flag"
+    assert reconstruct(out, "breaks", workers=1) == 1
+    assert "Traceback" in capsys.readouterr().err
+    broken = numbers(out)
+    first, second = sorted(broken["errors"])
+    assert broken["errors"][first].startswith("TypeError")
+    assert second in broken["errors"][second] and "SIGKILL" in broken["errors"][second]
+    assert broken["num_assets"] == {"expected": 5, "scored": 3, "failed": 2} and flag.read_text() == "x" * 5
+    assert reconstruct(out, "breaks") == 0
+    assert reconstruct(tmp_path / "whole", "breaks") == 0
     assert numbers(out) == numbers(tmp_path / "whole")
 
 
@@ -426,13 +444,14 @@ def test_paper_rows_are_complete():
     assert PAPER["generation"][2][-2][1] == PAPER["ablation"][2][0][1]
 
 
-def test_a_bundle_reconstructs_a_split(program, boxes, vae, tmp_path, capsys):
+def test_a_bundle_reconstructs_a_split(program, boxes, vae, recorded, tmp_path, capsys):
     out = tmp_path / "run"
     words = ["reconstruction", "--assets", str(boxes), "--split", "val", "--method", f"model:{vae}"]
     words += ["--device", "cpu", "--offline", "--out", str(out), "--set", "num_assets=null"]
     assert program("toys4k").main([*words, *TINY]) == 1  # one asset is damaged
     table = numbers(out)
     assert table["num_assets"] == {"expected": 4, "scored": 3, "failed": 1}
+    recorded("benchmark of a bundle", sha=table["protocol_sha256"], assets=table["assets"])
     assert table["truth"]["name"].endswith("(val)") and table["method"]["name"] == "model"
     assert (out / "ids.txt").read_text().splitlines()[1:] == ["other/box-1"] + [
         f"plain/box-{i}" for i in (1, 2, 3)
@@ -441,12 +460,16 @@ def test_a_bundle_reconstructs_a_split(program, boxes, vae, tmp_path, capsys):
     assert "known are train, val" in capsys.readouterr().err
 
 
-def test_generation_is_compared_with_the_asset_where_shapes_are_asked_for(program, toys4k, method, tmp_path):
+def test_generation_is_compared_with_the_asset_where_shapes_are_asked_for(
+    program, toys4k, method, recorded, tmp_path
+):
     out = tmp_path / "run"
     words = ["generation", "--assets", f"toys4k:{toys4k}", "--device", "cpu", "--offline", "--out", str(out)]
     words += ["--weights", "clip=none", "inception=none", "dinov2=none", "--set", "shape_points=300", *TINY]
     assert program("toys4k").main([*words, "--method", f"call:{method}:from_photo"]) == 0
-    metrics = numbers(out)["metrics"]
+    table = numbers(out)
+    metrics = table["metrics"]
+    recorded("benchmark with shapes", sha=table["protocol_sha256"], assets=table["assets"])
     assert set(metrics) == {
         "psnr", "ssim", "psnr_foreground", "ciede2000", "chamfer", "f_score", "voxel_iou",
     }  # fmt: skip
