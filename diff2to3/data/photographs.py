@@ -83,9 +83,12 @@ class PhotographStage:
             with clock("render"):
                 K = shot.camera.K(size).numpy()
                 tracer.render(Camera.of(shot.viewmat.numpy(), K, size, size), frames, 0)
+            assert frames.depths is not None
+            if not (frames.depths > 0).any():
+                continue
+            shot = shot.placed(frames.depths[0])
             with clock("voxelise"):
                 grid, outside = photo_occupancy(mesh, shot, chosen.resolution)
-            assert frames.depths is not None
             depth = surface_depth(torch.from_numpy(frames.depths[0]) * shot.scale, shot, chosen.resolution)
             number = f"{len(lost):03d}"
             with clock("encode"):
@@ -104,7 +107,7 @@ class PhotographStage:
             members[f"{number}.safetensors"] = save_tensors(tensors)
             lost.append(outside)
         if not lost:
-            raise InputError("no camera stands outside the object at these focal lengths")
+            raise InputError("no photograph shows anything of it")
         return Part(members, {"num_views": len(lost), "lost": lost, "notes": list(mesh.notes)})
 
     def lighting(self, shot: Photograph, generator: np.random.Generator) -> Any:

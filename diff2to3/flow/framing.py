@@ -60,22 +60,29 @@ def frame(image: Tensor, alpha: Tensor, framing: Framing) -> Tensor:
     Resized with premultiplied alpha (triangle filter, widened when shrinking). A picture in which nothing is
     solid becomes plain background.
     """
-    box = object_box(alpha)
-    size = framing.size
-    if box is None:
+    square, size = crop_square(image, alpha, framing.margin), framing.size
+    if square is None:
         return image.new_full((3, size, size), framing.background)
+    if framing.detail is not None and square.shape[-1] > size:
+        square = resized(square[None], framing.detail)[0]
+    small = resized(square[None], size)[0]
+    return (small[:3] + (1 - small[3:]) * framing.background).clamp(0, 1)
+
+
+def crop_square(image: Tensor, alpha: Tensor, margin: float) -> Tensor | None:
+    """sRGB [H, W, 3] with straight alpha [H, W] -> premultiplied colour and alpha [4, side, side] of the square around
+    the object's box, ``margin`` times its longer side; transparent outside the picture. None where nothing is solid.
+    """
+    box = object_box(alpha)
+    if box is None:
+        return None
     left, top, right, bottom = box
-    side = max(round(max(right - left, bottom - top) * framing.margin), 1)
+    side = max(round(max(right - left, bottom - top) * margin), 1)
     x, y = (left + right - side) // 2, (top + bottom - side) // 2
     height, width = alpha.shape
     premultiplied = torch.cat([image * alpha[..., None], alpha[..., None]], -1).permute(2, 0, 1)
     kept = premultiplied[:, max(y, 0) : y + side, max(x, 0) : x + side]
-    over = (max(-x, 0), max(x + side - width, 0), max(-y, 0), max(y + side - height, 0))
-    square = F.pad(kept, over)[None]
-    if framing.detail is not None and side > size:
-        square = resized(square, framing.detail)
-    small = resized(square, size)[0]
-    return (small[:3] + (1 - small[3:]) * framing.background).clamp(0, 1)
+    return F.pad(kept, (max(-x, 0), max(x + side - width, 0), max(-y, 0), max(y + side - height, 0)))
 
 
 def resized(pictures: Tensor, size: int) -> Tensor:

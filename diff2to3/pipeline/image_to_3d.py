@@ -25,13 +25,16 @@ from diff2to3.flow.denoise import (
     share_of,
     velocities,
 )
+from diff2to3.flow.framing import Framing
 from diff2to3.flow.normalization import Normalization
 from diff2to3.gaussians import combine
-from diff2to3.pipeline.parts import Parts
+from diff2to3.pipeline.parts import Parts, PhotoParts
+from diff2to3.pipeline.photo_frame import BACKGROUND, MARGIN, SIZE, PhotoStages, fitted
 from diff2to3.pipeline.photos import Photo, as_it_is, frame_cut_out, frame_like_trellis, prepare
 from diff2to3.pipeline.prune import without_hidden
 from diff2to3.types import Gaussians, SparseVoxels
 from diff2to3.vae.sparse_structure import active_voxels, with_one_active
+from diff2to3.views.photo_frame import PhotoCamera
 
 #: A photo, several photos of one object, or a text.
 Prompt = Image.Image | Photo | Sequence[Image.Image | Photo] | str
@@ -53,6 +56,9 @@ class Result:
     coords   int32 [M, 3], sorted: the active voxels, of the mirror image's structure, too
     seconds  by stage; of the whole batch where several objects were generated at once
     photos   what the model saw; none for texts
+    frame    what the object stands in: "object", its own frame, or "photo" (diff2to3.views.photo_frame), whose front,
+             the side that the photo shows, faces -y. z is up in both
+    camera   of the photo, in the photo frame; None in the object's
     """
 
     gaussians: Gaussians
@@ -61,6 +67,8 @@ class Result:
     seed: int
     seconds: dict[str, float] = field(default_factory=dict)
     photos: tuple[Photo, ...] = ()
+    frame: str = "object"
+    camera: PhotoCamera | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -71,10 +79,21 @@ class Result:
 class ImageTo3D:
     """A loaded model. ``ImageTo3D.from_pretrained("mini")(image, seed=1)`` gives a :class:`Result`.
 
-    ``parts``: see :class:`Parts`, whose fields are attributes here.
+    ``parts``: see :class:`Parts`, whose fields are attributes here; or :class:`PhotoParts`, for a model of the photo
+    frame.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts | PhotoParts) -> None:
+        self.photo_stages: PhotoStages | None = None
+        self.refine_steps = 0
+        if isinstance(parts, PhotoParts):
+            self.networks: Any = parts.networks
+            self.photo_stages, self.refine_steps = PhotoStages(parts), parts.refine
+            self.kind, self.trellis, self.framing = "image", False, Framing(SIZE, MARGIN, BACKGROUND)
+            self.structure_settings, self.latent_settings = parts.structure_settings, parts.latent_settings
+            self.device, self.low_memory, self.offline = parts.device, parts.low_memory, parts.offline
+            self.notes: tuple[str, ...] = ()
+            return
         self.networks, self.conditioner, self.kind = parts.networks, parts.conditioner, parts.kind
         self.structure_normalization = parts.structure_normalization
         self.latent_normalization = parts.latent_normalization
@@ -102,6 +121,11 @@ class ImageTo3D:
 
         return ImageTo3D(load_parts(source, **options))
 
+    @property
+    def frame(self) -> str:
+        """What results stand in; see :class:`Result`."""
+        return "object" if self.photo_stages is None else "photo"
+
     def __call__(
         self,
         prompt: Prompt,
@@ -113,6 +137,7 @@ class ImageTo3D:
         prepare: bool = True,
         background_removal: str = "auto",
         progress: Progress | None = None,
+        refine: int | None = None,
     ) -> Result:
         """Generate one object.
 
@@ -124,13 +149,15 @@ class ImageTo3D:
             multi_image: one of :data:`MULTI_IMAGE_MODES`.
             prepare: cut out, centre and resize the photos; False if they already are.
             background_removal: one of :data:`diff2to3.pipeline.cutout.METHODS`.
+            refine: steps that fit the result to its photo, for models of the photo frame; 0 for none, None for the
+                model's own number.
 
         Raises:
             InputError: a prompt of the wrong kind, no object in a photo, or no voxel generated.
         """
         options: Mapping[str, Any] = {
             "structure": structure, "latent": latent, "multi_image": multi_image, "prepare": prepare,
-            "background_removal": background_removal, "progress": progress,
+            "background_removal": background_removal, "progress": progress, "refine": refine,
         }  # fmt: skip
         return self.batch([prompt], [seed], **options)[0]
 
@@ -145,6 +172,7 @@ class ImageTo3D:
         prepare: bool = True,
         background_removal: str = "auto",
         progress: Progress | None = None,
+        refine: int | None = None,
     ) -> list[Result]:
         """Generate several objects at once, packed; each is what it would be alone (to rounding).
 
@@ -164,6 +192,15 @@ class ImageTo3D:
         first, second = structure or self.structure_settings, latent or self.latent_settings
         check_one_step(self.structure_settings, first, "structure")
         check_one_step(self.latent_settings, second, "latent")
+        if self.photo_stages is not None:
+            steps = self.refine_steps if refine is None else refine
+            ready = [self.photos(prompt, prepare, background_removal) for prompt in prompts]
+            return [
+                self.in_photo_frame(own, seed, first, second, steps, share_of(progress, number, len(seeds)))
+                for number, (own, seed) in enumerate(zip(ready, seeds, strict=True))
+            ]
+        if refine:
+            raise InputError("refine: this model does not say where the photo was taken from; give 0")
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         clock = Clock()
         with torch.inference_mode():
@@ -214,6 +251,41 @@ class ImageTo3D:
             Result(clone(g), clone(z), c.clone(), seed, dict(clock.seconds), p) for g, z, c, seed, p in made
         ]
 
+    def in_photo_frame(
+        self,
+        photos: tuple[Photo, ...],
+        seed: int,
+        first: StageSettings,
+        second: StageSettings,
+        steps: int,
+        progress: Progress | None,
+    ) -> Result:
+        """One object, by a model of the photo frame."""
+        if len(photos) != 1:
+            raise InputError(f"prompt: this model takes one photo of an object, got {len(photos)}")
+        stages, (photo,) = self.photo_stages, photos
+        assert stages is not None
+        generator, clock = torch.Generator().manual_seed(seed), Clock()
+        with torch.inference_mode():
+            seen = stages.see(photo)
+            clock.lap("condition")
+            logits = stages.occupancy(seen, first, generator, progress)
+            coords = some_voxels(logits, first.threshold)
+            clock.lap("structure")
+            latents = stages.latents(coords, seen, second, generator, progress)
+            clock.lap("latents")
+            gaussians = stages.decode(latents)
+            if second.prune:
+                gaussians = without_hidden(gaussians, second.prune)
+            clock.lap("decode")
+        gaussians, camera = clone(gaussians), seen.camera
+        if steps:
+            fit = fitted(gaussians, photo, camera, steps)
+            gaussians, camera = fit.gaussians, fit.camera
+            clock.lap("refine")
+        coords = coords[:, 1:].clone()
+        return Result(gaussians, clone(latents), coords, seed, clock.seconds, photos, "photo", camera)
+
     # ---- conditions ----
 
     def photo(self, image: Image.Image, background_removal: str = "auto") -> Photo:
@@ -242,7 +314,7 @@ class ImageTo3D:
             elif prepare:
                 ready.append(self.photo(image, background_removal))
             else:
-                ready.append(Photo(as_it_is(image, size, background)))
+                ready.append(Photo(as_it_is(image, size, background), cut_out=image.convert("RGBA")))
         return tuple(ready)
 
     def stage_conditions(

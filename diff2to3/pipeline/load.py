@@ -28,12 +28,15 @@ from diff2to3.errors import InputError
 from diff2to3.flow.conditioners import load_image_conditioner, load_text_conditioner
 from diff2to3.flow.denoise import StageSettings, image_patch_size, image_width
 from diff2to3.flow.dit import LatentDiT, StructureDiT
+from diff2to3.flow.efficientnet import EfficientNetLite
 from diff2to3.flow.framing import Framing
 from diff2to3.flow.normalization import Normalization
 from diff2to3.flow.smdit import LatentSMDiT, StructureSMDiT
 from diff2to3.hub import Source, embedded_models
 from diff2to3.networks import filled, network_builder
-from diff2to3.pipeline.parts import Networks, Parts
+from diff2to3.photo.encoder import PhotoEncoder
+from diff2to3.photo.occupancy import OccupancyFlow
+from diff2to3.pipeline.parts import Networks, Parts, PhotoNetworks, PhotoParts, PhotoStatistics
 from diff2to3.pipeline.upstream import NOT_SUPPORTED, build_network, wants_half
 from diff2to3.vae.decoder import Decoder
 from diff2to3.vae.sparse_structure import StructureDecoder
@@ -86,7 +89,7 @@ def load_parts(
     offline: bool = False,
     image_encoder: str | None = None,
     low_memory: bool = False,
-) -> Parts:
+) -> Parts | PhotoParts:
     """Load what a model for generation is made of.
 
     Args:
@@ -106,6 +109,9 @@ def load_parts(
     options = Options(torch.device(device), dtype, offline, image_encoder, low_memory)
     place = Source(source, offline)
     if place.has(MODEL_FILE):
+        info = read_bundle(place.file(MODEL_FILE).parent)
+        if info.settings.get("frame") == "photo":
+            return load_photo_bundle(place, info, options)
         return load_bundle(place, options)
     return load_trellis(place, options)
 
@@ -180,6 +186,72 @@ def load_bundle(place: Source, options: Options) -> Parts:
         framing=framing,
         trellis=trellis,
         structure_conditioner=structure_conditioner,
+    )
+
+
+#: The networks of a bundle whose frame is the photo's, by name → what they must be.
+PHOTO_ROLES: dict[str, type] = {
+    "photo_maps": EfficientNetLite,
+    "photo_encoder": PhotoEncoder,
+    "occupancy_flow": OccupancyFlow,
+    "image_encoder": MiniEncoder,
+    "latent_flow": LatentSMDiT,
+    "decoder": Decoder,
+}
+
+
+def load_photo_bundle(place: Source, info: BundleInfo, options: Options) -> PhotoParts:
+    """A bundle that generates in the photo frame. ``settings``:
+
+    samplers        {structure: {…}, latent: {…}} of StageSettings' fields
+    map_deviations  [2]: what stage 1's maps are divided by
+    latents, image_latents, fine_maps, coarse_maps   {mean, std} of stage 2's latents and of what it sees
+    refine          steps that fit a result to its photo
+    """
+    path = place.file(MODEL_FILE)
+    missing = [name for name in PHOTO_ROLES if name not in info.networks]
+    if missing:
+        raise InputError(f"{path}: this model cannot generate: it has no {', '.join(missing)}")
+    loaded: dict[str, Any] = {
+        name: load_bundle_network(path.parent, info, name, options, place) for name in PHOTO_ROLES
+    }
+    for name, wanted in PHOTO_ROLES.items():
+        if not isinstance(loaded[name], wanted):
+            raise InputError(
+                f"{path}: {name}: expected a {wanted.__name__}, got a {type(loaded[name]).__name__}"
+            )
+    settings, encoder = info.settings, loaded["photo_encoder"].config
+    channels = {
+        "latents": loaded["latent_flow"].config.in_channels,
+        "image_latents": loaded["image_encoder"].config.latent_channels,
+        "fine_maps": encoder.fine_channels,
+        "coarse_maps": encoder.coarse_channels,
+    }
+    try:
+        stages = [
+            config_from_dict(StageSettings, settings["samplers"][name], f"{path}: samplers: {name}")
+            for name in ("structure", "latent")
+        ]
+        normalizations = [Normalization.of(settings[name], count, name) for name, count in channels.items()]
+        statistics = PhotoStatistics(torch.tensor(settings["map_deviations"]), *normalizations)
+        steps = int(settings.get("refine", 0))
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"{path}: settings are damaged: {reason}") from error
+    grids = [loaded[name].config.resolution for name in ("occupancy_flow", "latent_flow", "decoder")]
+    if len(set(grids)) != 1:
+        raise InputError(f"{path}: the networks' grids differ: {', '.join(f'{r}³' for r in grids)}")
+    return PhotoParts(
+        PhotoNetworks(*loaded.values()),
+        statistics,
+        stages[0],
+        stages[1],
+        steps,
+        options.device,
+        options.low_memory,
+        options.offline,
     )
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diff2to3.flow.denoise import StageSettings
 from diff2to3.flow.framing import Framing
 from diff2to3.flow.normalization import Normalization
+from diff2to3.flow.smdit import LatentSMDiT
+from diff2to3.photo.encoder import PhotoEncoder
+from diff2to3.photo.occupancy import OccupancyFlow
 from diff2to3.vae.decoder import Decoder
 from diff2to3.vae.sparse_structure import StructureDecoder
 
@@ -56,3 +59,40 @@ class Parts:
     low_memory: bool = False
     offline: bool = False
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PhotoNetworks:
+    """maps: the frozen image network; encoder, flow: of stage 1; image_encoder, latent_flow: of stage 2."""
+
+    maps: nn.Module
+    encoder: PhotoEncoder
+    flow: OccupancyFlow
+    image_encoder: nn.Module
+    latent_flow: LatentSMDiT
+    decoder: Decoder
+
+
+@dataclass(frozen=True)
+class PhotoStatistics:
+    """deviations [2]: what the maps are divided by in stage 1; the rest: of stage 2's latents and maps."""
+
+    deviations: Tensor
+    latents: Normalization
+    image: Normalization
+    fine: Normalization
+    coarse: Normalization
+
+
+@dataclass(frozen=True)
+class PhotoParts:
+    """The parts of a model that generates in the photo frame; ``refine`` steps fit a result to its photo."""
+
+    networks: PhotoNetworks
+    statistics: PhotoStatistics
+    structure_settings: StageSettings
+    latent_settings: StageSettings
+    refine: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    low_memory: bool = False
+    offline: bool = False

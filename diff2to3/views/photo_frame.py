@@ -7,6 +7,11 @@ is how far above the horizon the camera stood (``elevation``) and how strong the
 length over the side of the crop). At the origin's depth one crop side is one unit, so the camera's distance from the
 origin equals ``focal``.
 
+Where on that ray the origin lies is fixed by what the photo shows: the mean depth of the surface that it sees is
+:data:`SURFACE_DEPTH` in front of the origin. (The middle of the object would be ambiguous, for a photo does not say
+how deep an object is. Over rendered photographs the visible surface's mean lies 0.13 in front of the middle, with a
+deviation of 0.10, three voxels of 32³.)
+
              z            camera                    A voxel of the unit cube projects into the crop through
              │  y          ╲  distance = focal       :meth:`PhotoCamera.viewmat` and :meth:`PhotoCamera.K`.
              │ ╱            ╲ ) elevation
@@ -16,7 +21,7 @@ origin equals ``focal``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,6 +31,8 @@ from diff2to3.views.cameras import look_at
 
 #: Longer side of the object's silhouette over the side of the crop.
 SILHOUETTE = 0.85
+#: Mean depth of the visible surface in front of the origin, in units of the frame.
+SURFACE_DEPTH = 0.15
 #: Aiming the camera at the middle of the silhouette moves the silhouette a little; this many rounds settle it to 1e-4.
 _ROUNDS = 12
 
@@ -82,9 +89,28 @@ class Photograph:
         """Units of the photo frame in a unit of the object frame."""
         return float(np.linalg.norm(self.transform[:3, 0]))
 
+    def placed(self, depths: np.ndarray) -> Photograph:
+        """With the origin :data:`SURFACE_DEPTH` behind the mean of the depths that the camera sees: an array of them in
+        the object frame's units, 0 where nothing is seen. The picture stays: the frame grows about the camera.
+
+        Raises ValueError where nothing is seen.
+        """
+        seen = depths[depths > 0]
+        if not len(seen):
+            raise ValueError("depths: nothing is seen")
+        focal = self.camera.focal
+        factor = (focal - SURFACE_DEPTH) / (float(seen.astype(np.float64).mean()) * self.scale)
+        transform = self.transform.copy()
+        eye = np.array(self.camera.eye)
+        transform[:3] *= factor
+        transform[:3, 3] += (1 - factor) * eye
+        return replace(self, transform=transform)
+
 
 def photograph(vertices: np.ndarray, azimuth: float, elevation: float, focal: float) -> Photograph:
     """The camera that sees ``vertices`` [P, 3] from a direction, aimed so that their silhouette fills the crop.
+
+    The origin is in the middle of the object until :meth:`Photograph.placed` puts it where what is seen says.
 
     Args:
         azimuth: degrees about z of the direction from the object to the camera, 0 along +x.

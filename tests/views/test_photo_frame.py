@@ -6,6 +6,7 @@ import torch
 
 from diff2to3.views.photo_frame import (
     SILHOUETTE,
+    SURFACE_DEPTH,
     PhotoCamera,
     moved_viewmats,
     photograph,
@@ -72,3 +73,24 @@ def test_bad_cameras_are_refused():
         PhotoCamera(90.0, 2.0)
     with pytest.raises(ValueError, match="vertices"):
         photograph(np.zeros((0, 3)), 0, 0, 2.0)
+
+
+def test_the_visible_surface_has_its_depth_whatever_is_behind_it():
+    points = box([0.4, 1.0, 0.8])
+    shot = photograph(points, 40.0, 20.0, 2.0)
+    depths = np.array([[0.0, 1.2], [1.5, 1.8]]) / shot.scale  # of three pixels, in the object frame
+    placed = shot.placed(depths)
+    eye = np.array(shot.camera.eye)
+    seen = np.linalg.inv(shot.transform) @ [
+        *(eye + (0 - eye) * 0.75),
+        1.0,
+    ]  # a point 1.5 units from the camera
+    moved = transformed(seen[None, :3], placed.transform)[0]
+    # the mean of 1.2, 1.5 and 1.8 is where the frame wants it: 0.15 in front of the origin, on the same ray
+    np.testing.assert_allclose(moved, eye * SURFACE_DEPTH / 2.0, atol=1e-6)
+    K = shot.camera.K(64)
+    before, _ = pixels(points, shot.viewmat, K)
+    after, _ = pixels(transformed(points, placed.transform), placed.camera.viewmat, K)
+    np.testing.assert_allclose(before, after, atol=2e-3)
+    with pytest.raises(ValueError, match="nothing is seen"):
+        shot.placed(np.zeros((2, 2)))
