@@ -92,6 +92,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(slower)",
     )  # fmt: skip
     how.add_argument(
+        "--refine", type=int, metavar="STEPS",
+        help="fit the object to its photo at the photo's camera; 0: off (default: as the model says; models that "
+        "do not know the camera cannot)",
+    )  # fmt: skip
+    how.add_argument(
         "--batch-size", type=int, default=1, help="assets generated at once; changes speed, not results"
     )
 
@@ -235,6 +240,7 @@ class Run:
                 latent=self.latent,
                 multi_image=self.args.multi_image,
                 progress=progress,
+                refine=self.args.refine,
             )
         for task, result in zip(tasks, results, strict=True):
             result.seconds["photos"] = prepared
@@ -261,6 +267,8 @@ def check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    if args.refine is not None and args.refine < 0:
+        raise InputError(f"--refine: expected no negative number, got {args.refine}")
     if not 0 <= args.seed < 2**63 - args.num_samples:
         raise InputError(f"--seed: expected a number from 0 to 2⁶³, got {args.seed}")
 

@@ -24,6 +24,7 @@ from diff2to3.formats import FORMATS, Format, encode
 from diff2to3.formats.comments import CONVENTIONS
 from diff2to3.gaussians.render import EPS2D
 from diff2to3.machine import peak_memory
+from diff2to3.pipeline.camera_file import camera_entry
 from diff2to3.pipeline.turntable import DEFAULT_VIEWS, turntable
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ class Writer:
             **own,
             **self.common,
             "seed": result.seed,
+            **({} if result.camera is None else {"camera": camera_entry(result.camera)}),
             "background_removal": [photo.method for photo in result.photos],
             "warnings": list(result.notes),
             "num_voxels": len(result.coords),
@@ -170,6 +172,7 @@ def describe(name: str, model: ImageTo3D, device: torch.device) -> dict[str, Any
     return {
         "model": name,
         "frame": CONVENTIONS["frame"],
+        "model_frame": model.frame,
         "color_space": CONVENTIONS["color_space"],
         "screen_filter": EPS2D,
         "device": str(device),
