@@ -20,6 +20,7 @@ from diff2to3 import __version__
 from diff2to3.formats.comments import CONVENTIONS
 from diff2to3.gaussians.render import EPS2D
 from diff2to3.types import Gaussians
+from diff2to3.views.photo_frame import PhotoCamera
 from diff2to3.web.payload import pack
 
 if TYPE_CHECKING:
@@ -66,15 +67,26 @@ def home_from_camera(viewmat: Tensor, fov_degrees: float) -> Home:
     return Home(math.degrees(math.atan2(eye[1], eye[0])), elevation, distance, float(fov_degrees))
 
 
+def home_from_photo(camera: PhotoCamera) -> Home:
+    """The photo's view of an object in the photo frame; the page shows what its crop shows."""
+    fov = math.degrees(2 * math.atan(0.5 / camera.focal))
+    return Home(elevation=camera.elevation, distance=camera.focal, fov=fov)
+
+
 def home_of(result: Result) -> Home:
-    """Where the camera starts that shows a result."""
-    return home_for(result.gaussians)
+    """Where the camera starts that shows a result: where its photo's stood, if the model says that."""
+    camera = getattr(result, "camera", None)
+    return home_for(result.gaussians) if camera is None else home_from_photo(camera)
 
 
 def seen_picture(result: Result) -> Image.Image | None:
-    """What the model saw."""
+    """The photo without its background, or what the model saw of it; None for texts."""
     if not result.photos:
         return None
+    if result.photos[0].cut_out is not None:
+        small = result.photos[0].cut_out.copy()
+        small.thumbnail((PHOTO_SIDE, PHOTO_SIDE))
+        return small
     pixels = (result.photos[0].picture.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.cpu().numpy())
 

@@ -112,7 +112,9 @@ def test_brush(page: Any, client: Any) -> None:
     make(page)
     page.locator("canvas[data-drawn]").wait_for()
     (job,) = client.server.service.jobs.jobs.values()
-    picture = np.asarray(job.outcomes[0].photo).astype(int)
+    photo = job.outcomes[0].photo.convert("RGBA")
+    white = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
+    picture = np.asarray(white.convert("RGB")).astype(int)
     assert (picture[..., 2] - picture[..., 0] > 100).sum() > 100
     assert (picture[..., 0] - picture[..., 2] > 100).sum() == 0
 

@@ -40,6 +40,11 @@ def noise(side: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8))
 
 
+def over_white(image: Image.Image) -> np.ndarray:
+    white = Image.new("RGBA", image.size, "white")
+    return np.asarray(Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")).astype(int)
+
+
 def as_text(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
@@ -118,7 +123,7 @@ def test_the_mask_of_the_brush_is_what_the_model_sees(client: Any) -> None:
     reply = client("POST", f"/api/photos/{photo['id']}/mask", png(Image.fromarray(own)))
     assert reply.status == 200 and reply.json()["method"] == "brush"
     job = client.wait(client.post("/api/jobs", {"photo": photo["id"], "seeds": [0]}).json()["id"], "done")
-    seen = np.asarray(client.server.service.jobs.get(job["id"]).outcomes[0].photo).astype(int)
+    seen = over_white(client.server.service.jobs.get(job["id"]).outcomes[0].photo)
     blue, red = seen[..., 2] - seen[..., 0] > 100, seen[..., 0] - seen[..., 2] > 100
     assert blue.sum() > 100 and red.sum() == 0
 

@@ -20,10 +20,12 @@ from PIL import Image
 from diff2to3.cli import main
 from diff2to3.formats.ply import read_ply, write_ply
 from diff2to3.gaussians.render import EPS2D, render
+from diff2to3.gaussians.turn import Y_DOWN, turned
 from diff2to3.types import Gaussians
 from diff2to3.views.cameras import intrinsics, look_at
+from diff2to3.views.photo_frame import PhotoCamera
 from diff2to3.web.payload import pack
-from diff2to3.web.viewer import Home, home_for, home_from_camera, viewer_page
+from diff2to3.web.viewer import Home, home_for, home_from_camera, home_from_photo, viewer_page
 
 EYES = np.array([[0, -2.0, 0.4], [1.8, 0.6, 1.0], [-1.0, 1.4, -0.9], [0.3, 0.3, 1.9]])
 
@@ -109,6 +111,16 @@ def test_home_is_the_camera(cloud: Gaussians) -> None:
         a, e = math.radians(home.azimuth), math.radians(home.elevation)
         back = home.distance * np.array([math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e)])
         assert np.allclose(back, eye, atol=1e-5) and home.fov == 33.0
+
+
+def test_home_from_a_photo_is_its_camera(page: Any, tmp_path: Path, cloud: Gaussians) -> None:
+    camera = PhotoCamera(elevation=23.0, focal=1.4)
+    open_page(page, tmp_path, viewer_page(rows(cloud, 9), "cloud", home=home_from_photo(camera)))
+    shown = page.evaluate("cameraOf(stage.orbit, 256, 256)")
+    assert np.allclose(shown["turn"], camera.viewmat[:3, :3].flatten(), atol=1e-5)
+    assert np.allclose(shown["shift"], camera.viewmat[:3, 3], atol=1e-5)
+    K = camera.K(256)
+    assert np.allclose(shown["lens"], [K[0, 0], K[1, 1], K[0, 2], K[1, 2]], rtol=1e-5)
 
 
 def test_home_shows_the_whole(cloud: Gaussians) -> None:
@@ -231,19 +243,26 @@ def test_two_fingers_zoom(page: Any, tmp_path: Path, cloud: Gaussians) -> None:
     assert page.evaluate("stage.orbit.distance") == pytest.approx(1.0)
 
 
-def test_downloaded_ply_is_the_object(page: Any, tmp_path: Path, cloud: Gaussians) -> None:
-    gaussians = of_degree(cloud, 1)
+@pytest.mark.parametrize("degree", [0, 1])
+def test_downloaded_ply_is_the_object(page: Any, tmp_path: Path, cloud: Gaussians, degree: int) -> None:
+    """Y down for other programs where that needs no turning of harmonics; the file says its frame."""
+    gaussians = of_degree(cloud, degree)
     open_page(page, tmp_path, viewer_page(gaussians, "cloud", note={"seed": 7}))
     with page.expect_download() as download:
         page.keyboard.press("d")
     read, metadata = read_ply(download.value.path())
     assert metadata["seed"] == 7 and metadata["screen_filter"] == EPS2D
+    if degree == 0:
+        assert metadata["frame"] == "right-handed, y down"
+        gaussians = turned(gaussians, torch.tensor(Y_DOWN))
+    else:
+        assert metadata["frame"] == "right-handed, z up"
     assert torch.allclose(read.means, gaussians.means, atol=1e-5)
     assert torch.allclose(read.scales, gaussians.scales, rtol=1e-3)
     assert torch.allclose(read.opacities, gaussians.opacities, atol=1e-4)
     assert torch.allclose(read.sh, gaussians.sh, atol=2e-3)
-    turned = (read.quats * torch.nn.functional.normalize(gaussians.quats, dim=1)).sum(1).abs()
-    assert turned.min() > 1 - 1e-5
+    same = (read.quats * torch.nn.functional.normalize(gaussians.quats, dim=1)).sum(1).abs()
+    assert same.min() > 1 - 1e-5
 
 
 def test_damaged_data_is_said(page: Any, tmp_path: Path, cloud: Gaussians) -> None:

@@ -180,26 +180,28 @@ class Stage {
   }
 }
 
-// ---- a .ply of what is shown, as 3DGS programs expect it ----
+// ---- a .ply of what is shown, as 3DGS programs expect it: y down, (x, −z, y). Harmonics beyond the first would have to
+// turn too, so objects that have them stay z up; "frame" says which it is. ----
 
 function plyOf(g, note) {
-  const all = g.terms + 1, rest = Array.from({ length: 3 * g.terms }, (_, i) => "f_rest_" + i);
+  const all = g.terms + 1, down = all === 1, half = Math.SQRT1_2, rest = Array.from({ length: 3 * g.terms }, (_, i) => "f_rest_" + i);
   const names = [
     "x", "y", "z", "f_dc_0", "f_dc_1", "f_dc_2", ...rest, "opacity", "scale_0", "scale_1", "scale_2",
     "rot_0", "rot_1", "rot_2", "rot_3",
   ];
-  const head = ["ply", "format binary_little_endian 1.0", "comment diff2to3 " + JSON.stringify(note),
+  const head = ["ply", "format binary_little_endian 1.0", "comment diff2to3 " + JSON.stringify(down ? { ...note, frame: "right-handed, y down" } : note),
     "element vertex " + g.count, ...names.map((n) => "property float " + n), "end_header", ""].join("\n");
   const table = new Float32Array(names.length * g.count);
   let at = 0;
   for (let i = 0; i < g.count; i++) {
     const sh = g.sh.subarray(3 * all * i, 3 * all * (i + 1)), opacity = clamp(g.opacities[i], 1e-6, 1 - 1e-6);
-    for (let k = 0; k < 3; k++) table[at++] = g.means[3 * i + k];
+    const [x, y, z] = g.means.subarray(3 * i, 3 * i + 3), [a, b, c, d] = g.quats.subarray(4 * i, 4 * i + 4);
+    for (const v of down ? [x, -z, y] : [x, y, z]) table[at++] = v;
     for (let k = 0; k < 3; k++) table[at++] = sh[k];
-    for (let c = 0; c < 3; c++) for (let k = 1; k < all; k++) table[at++] = sh[3 * k + c];
+    for (let n = 0; n < 3; n++) for (let k = 1; k < all; k++) table[at++] = sh[3 * k + n];
     table[at++] = Math.log(opacity / (1 - opacity));
     for (let k = 0; k < 3; k++) table[at++] = g.logScales[3 * i + k];
-    for (let k = 0; k < 4; k++) table[at++] = g.quats[4 * i + k];
+    for (const v of down ? [a - b, a + b, c - d, c + d].map((v) => half * v) : [a, b, c, d]) table[at++] = v;
   }
   return new Blob([head, table], { type: "application/octet-stream" });
 }
