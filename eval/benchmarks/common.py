@@ -94,10 +94,10 @@ def copy_bandwidth(config: Config) -> float:
 
 
 @functools.cache
-def matmul_rate(config: Config) -> float:
-    """Floating-point operations a second of a large float32 matrix product."""
+def matmul_rate(config: Config, dtype: torch.dtype = torch.float32) -> float:
+    """Floating-point operations a second of a large matrix product."""
     n = 4096 if config.device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=config.device) for _ in range(2))
+    a, b = (torch.randn(n, n, device=config.device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / min(timed(lambda: a @ b, config) for _ in range(12))
 
 

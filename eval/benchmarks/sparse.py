@@ -13,7 +13,7 @@ from diff2to3.errors import MissingDependencyError
 from diff2to3.kernels.neighbors import NeighborPlan, neighbor_plan
 from diff2to3.kernels.patchify import PatchPlan, patch_plan, patchify
 from diff2to3.kernels.sparse_conv import patch_conv, submanifold_conv
-from diff2to3.nn.spconv_backend import require_spconv
+from diff2to3.nn.spconv_backend import require_spconv, submanifold_conv_spconv
 
 from .common import Config, Function, Row, copy_bandwidth, interleaved_medians, matmul_rate
 
@@ -88,7 +88,7 @@ def submanifold_rows(plan: NeighborPlan, cin: int, cout: int, config: Config) ->
     }
     name = f"submanifold {cin}->{cout}"
     return conv_rows(name, contenders, plan.num_voxels, (cout, 3, 3, 3, cin), int((plan.table >= 0).sum()),
-                     lambda f, w: spconv_submanifold(plan.coords, f, w), config)  # fmt: skip
+                     lambda f, w: spconv_submanifold(plan, f, w), config)  # fmt: skip
 
 
 def cross_rows(coords: Tensor, cin: int, cout: int, config: Config) -> list[Row]:
@@ -125,12 +125,12 @@ def conv_rows(
     config: Config,
 ) -> list[Row]:
     """Forward and backward; the backward of each contender runs on a graph made outside the clock."""
-    generator = torch.Generator().manual_seed(0)
-    feats = torch.randn(num_rows, shape[-1], generator=generator).to(config.device).requires_grad_()
-    weight = torch.randn(shape, generator=generator).mul(0.05).to(config.device).requires_grad_()
-    bias = torch.randn(shape[0], generator=generator).to(config.device).requires_grad_()
+    generator, place = torch.Generator().manual_seed(0), (config.device, dtype_on(config.device))
+    feats = torch.randn(num_rows, shape[-1], generator=generator).to(*place).requires_grad_()
+    weight = torch.randn(shape, generator=generator).mul(0.05).to(*place).requires_grad_()
+    bias = torch.randn(shape[0], generator=generator).to(*place).requires_grad_()
     graphs = {who: conv(feats, weight, bias) for who, conv in contenders.items()}
-    v_out = torch.randn(graphs["ours"].shape, generator=generator).to(config.device)
+    v_out = torch.randn(graphs["ours"].shape, generator=generator).to(*place)
 
     def backward(who: str) -> Function:
         return lambda: torch.autograd.grad(graphs[who], (feats, weight, bias), v_out, retain_graph=True)
@@ -147,15 +147,20 @@ def conv_rows(
         notes["backward"] = add_spconv(back, lambda: spconv_backward(make_spconv(feats, weight), feats, weight, v_out),
                                        config, True)  # fmt: skip
     operations = 2 * num_pairs * shape[0] * shape[-1]
-    moved = 4 * (feats.numel() + weight.numel() + v_out.numel())
+    moved = feats.element_size() * (feats.numel() + weight.numel() + v_out.numel())
     rows = []
     for kind, functions, factor in (("forward", forward, 1), ("backward", back, 2)):
-        by_work = 1e3 * factor * operations / matmul_rate(config)
+        by_work = 1e3 * factor * operations / matmul_rate(config, feats.dtype)
         by_bytes = 1e3 * factor * moved / copy_bandwidth(config)
         limit = "multiplications" if by_work > by_bytes else "bytes moved"
         ms = interleaved_medians(functions, config)
         rows.append(row(f"{name} {kind}", ms, max(by_work, by_bytes), limit, notes[kind], config))
     return rows
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """What convolutions are timed in: float16 on a GPU, where networks run in half precision and spconv has it."""
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def pooling_rows(plan: PatchPlan, channels: int, config: Config) -> list[Row]:
@@ -267,9 +272,13 @@ def spconv_map(coords: Tensor, name: str) -> Function:
     return lambda: spconv_indices(coords, name.startswith("neighbor"))
 
 
-def spconv_submanifold(coords: Tensor, feats: Tensor, weight: Tensor) -> Function:
+def spconv_submanifold(plan: NeighborPlan, feats: Tensor, weight: Tensor) -> Function:
+    """On a GPU by its implicit matrix product, the fastest that it has; on a CPU by its only algorithm."""
+    if feats.is_cuda:
+        return lambda: submanifold_conv_spconv(feats, weight, None, plan)
     from spconv.pytorch import functional
 
+    coords = plan.coords
     algorithm = require_spconv().ConvAlgo.Native
     _, pairs, counts = spconv_indices(coords, True)
     return lambda: functional.indice_subm_conv(feats, weight, pairs, counts, len(feats), algorithm)

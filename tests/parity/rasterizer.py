@@ -29,10 +29,13 @@ def load(path: Path) -> tuple[dict, dict[str, Tensor]]:
         return config, {key: file.get_tensor(key) for key in file.keys()}
 
 
-def render(config: dict, data: dict[str, Tensor], backend: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def render(
+    config: dict, data: dict[str, Tensor], backend: str, device: str
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Colours, alphas and the gradients of Σ v_colors·colors + Σ v_alphas·alphas that the file has an
     answer for.
     """
+    data = {key: tensor.to(device) for key, tensor in data.items()}
     leaves = {k: data[k].clone().requires_grad_() for k in PARAMETERS if k in data}
     viewmats = data["viewmat"].reshape(-1, 4, 4).clone().requires_grad_()
     if "sh" in leaves:  # a file may hold more coefficients than the degree it was rendered with
@@ -57,7 +60,7 @@ def render(config: dict, data: dict[str, Tensor], backend: str) -> tuple[Tensor,
     loss.backward()
     grads = {f"grad_{k}": v.grad for k, v in leaves.items()}
     grads["grad_viewmat"] = viewmats.grad.reshape(data["viewmat"].shape)
-    return colors.detach(), alphas.detach(), {k: g for k, g in grads.items() if k in data}
+    return colors.detach().cpu(), alphas.detach().cpu(), {k: g.cpu() for k, g in grads.items() if k in data}
 
 
 def check_picture(name: str, ours: Tensor, theirs: Tensor) -> tuple[str, bool]:
@@ -94,6 +97,7 @@ def main() -> int:
     parser.add_argument(
         "--backends", default="native,reference", help="comma-separated (default: %(default)s)"
     )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     args = parser.parse_args()
     files = sorted(args.folder.glob("gsplat_*.safetensors"))
     if not files:
@@ -104,7 +108,7 @@ def main() -> int:
         config, data = load(path)
         print(f"{path.name}  {config['width']}x{config['height']}  {len(data['means'])} Gaussians  {config}")
         for backend in args.backends.split(","):
-            colors, alphas, grads = render(config, data, backend)
+            colors, alphas, grads = render(config, data, backend, args.device)
             rows = [
                 check_picture("colors", colors, data["colors"]),
                 check_picture("alphas", alphas, data["alphas"]),

@@ -91,7 +91,7 @@ def submanifold_problem(
         return from_grid(F.conv3d(grid, cube.permute(3, 4, 0, 1, 2), bias, padding=side // 2), coords)
 
     def sparse(feats: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
-        return submanifold_conv(feats, weight, bias, plans[backend], backend=backend)
+        return submanifold_conv(feats, weight, bias, plans[backend].to(feats.device), backend=backend)
 
     feats, weight, bias = draw(len(coords), (cout, *shape, cin), generator)
     return Problem(f"submanifold {kernel} {cin}->{cout}", feats, weight, bias, sparse, dense)
@@ -108,7 +108,7 @@ def patch_problem(
         return from_grid(out, plans["native"].coords)
 
     def sparse(feats: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
-        return patch_conv(feats, weight, bias, plans[backend], backend=backend)
+        return patch_conv(feats, weight, bias, plans[backend].to(feats.device), backend=backend)
 
     feats, weight, bias = draw(len(coords), (cout, size, size, size, cin), generator)
     return Problem(f"patch conv {size} {cin}->{cout}", feats, weight, bias, sparse, dense)
@@ -125,7 +125,7 @@ def unpatch_problem(
         return from_grid(out, coords)
 
     def sparse(feats: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
-        return unpatch_conv(feats, weight, bias, plans[backend], backend=backend)
+        return unpatch_conv(feats, weight, bias, plans[backend].to(feats.device), backend=backend)
 
     feats, weight, bias = draw(plans["native"].num_patches, (cout, size, size, size, cin), generator)
     return Problem(f"unpatch conv {size} {cin}->{cout}", feats, weight, bias, sparse, dense)
@@ -146,7 +146,7 @@ def pool_problem(
         return sums(feats) / divisor
 
     def sparse(feats: Tensor, _weight: None, _bias: None, backend: str) -> Tensor:
-        return patchify.patchify(feats, plans[backend], reduce, backend=backend)
+        return patchify.patchify(feats, plans[backend].to(feats.device), reduce, backend=backend)
 
     feats = torch.randn(len(coords), channels, generator=generator)
     return Problem(f"patchify {size} {reduce} {channels}", feats, None, None, sparse, dense)
@@ -162,7 +162,7 @@ def copy_problem(
         return from_grid(F.interpolate(grid, scale_factor=size, mode="nearest"), coords)
 
     def sparse(feats: Tensor, _weight: None, _bias: None, backend: str) -> Tensor:
-        return patchify.unpatchify(feats, plans[backend], backend=backend)
+        return patchify.unpatchify(feats, plans[backend].to(feats.device), backend=backend)
 
     feats = torch.randn(plans["native"].num_patches, channels, generator=generator)
     return Problem(f"unpatchify {size} {channels}", feats, None, None, sparse, dense)
@@ -217,7 +217,9 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact).abs().max() / exact.abs().max())
 
 
-def compare(problem: Problem, threads: list[int], generator: torch.Generator) -> Iterator[tuple[str, bool]]:
+def compare(
+    problem: Problem, threads: list[int], generator: torch.Generator, device: str = "cpu"
+) -> Iterator[tuple[str, bool]]:
     """Lines of the table, with whether each is good."""
     v_out, exact, floors = oracle(problem, generator)
     names = ["out", "v_feats", "v_weight", "v_bias"][: len(exact)]
@@ -225,10 +227,11 @@ def compare(problem: Problem, threads: list[int], generator: torch.Generator) ->
     for backend, count in [("native", n) for n in threads] + [("reference", threads[0])]:
         torch.set_num_threads(count)
         leaves = [
-            None if t is None else t.clone().requires_grad_()
+            None if t is None else t.to(device, copy=True).requires_grad_()
             for t in (problem.feats, problem.weight, problem.bias)
         ]
-        found = evaluate(lambda *a, b=backend: problem.sparse(*a, b), leaves, v_out)
+        found = evaluate(lambda *a, b=backend: problem.sparse(*a, b), leaves, v_out.to(device))
+        found = [tensor.cpu() for tensor in found]
         errors = [relative_error(a, b) for a, b in zip(found, exact, strict=True)]
         good = all(e <= 2 * floor + FLOOR for e, floor in zip(errors, floors, strict=True))
         text = "  ".join(f"{name} {error:.1e}" for name, error in zip(names, errors, strict=True))
@@ -315,6 +318,7 @@ def main() -> int:
     parser.add_argument("--voxels", type=int, default=1500, help="in a batch of two grids")
     parser.add_argument("--resolution", type=int, default=24, help="of the grids")
     parser.add_argument("--threads", default="1,2", help="comma-separated numbers of threads")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)  # of gradcheck, about integer tables
@@ -328,7 +332,7 @@ def main() -> int:
         print(f"{line}  {'ok' if good else 'FAILED'}", flush=True)
 
     for problem in problems(args, generator):
-        for line, good in compare(problem, threads, generator):
+        for line, good in compare(problem, threads, generator, args.device):
             report(line, good)
     for line, good in op_checks(generator):
         report(line, good)

@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="holds slat_*.safetensors and ss_*.safetensors")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     args = parser.parse_args(argv)
     paths = sorted([*args.folder.glob("slat_*.safetensors"), *args.folder.glob("ss_*.safetensors")])
     if not paths:
@@ -51,14 +52,14 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     failed = False
     for path in paths:
-        for name, error in compare(path):
+        for name, error in compare(path, args.device):
             passed = error <= LIMIT
             failed |= not passed
             print(f"{path.stem:24s} {name:24s} {error:9.2e}  {'ok' if passed else 'FAILED'}", flush=True)
     return int(failed)
 
 
-def compare(path: Path) -> Iterator[tuple[str, float]]:
+def compare(path: Path, device: str = "cpu") -> Iterator[tuple[str, float]]:
     """(output, maximum error / maximum of the reference) for every output in the file."""
     tensors, config = read(path)
     start = max((name for name in CLASSES if path.stem.startswith(name)), key=len, default=None)
@@ -67,13 +68,14 @@ def compare(path: Path) -> Iterator[tuple[str, float]]:
     network = build_network(CLASSES[start], config).eval()
     parameters = {k.removeprefix("param."): v for k, v in tensors.items() if k.startswith("param.")}
     network.load_state_dict(parameters, strict=True)
+    network.to(device)
     with torch.no_grad():
-        outputs = OUTPUTS[start](network, tensors)
+        outputs = OUTPUTS[start](network, {key: value.to(device) for key, value in tensors.items()})
     missing = set(expected_outputs(tensors)) - set(outputs)
     if missing:
         raise SystemExit(f"{path}: nothing computed for {sorted(missing)}")
     for name, ours in outputs.items():
-        yield name, relative_error(ours, tensors[name])
+        yield name, relative_error(ours.cpu(), tensors[name])
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
