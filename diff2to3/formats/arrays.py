@@ -74,7 +74,7 @@ def gaussians_of(name: str, a: Arrays) -> tuple[Gaussians, list[str]]:
         InputError: none can be used, of a file that holds some.
     """
     rows = [
-        np.isfinite(x).reshape(len(a), -1).all(1) for x in (a.means, a.quats, a.scales, a.opacities, a.sh)
+        np.isfinite(x).all(tuple(range(1, x.ndim))) for x in (a.means, a.quats, a.scales, a.opacities, a.sh)
     ]
     keep = np.logical_and.reduce(rows) & (a.scales >= 0).all(1) & (np.abs(a.means) < 1e30).all(1)
     notes = []

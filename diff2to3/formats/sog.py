@@ -144,7 +144,7 @@ def codebook(values: np.ndarray, rounds: int = 30) -> tuple[list[float], np.ndar
         book = np.concatenate((book, np.full(ENTRIES - len(book), book[-1])))
     else:
         sums = np.concatenate(([0.0], np.cumsum(order)))
-        counts, edges = np.histogram(order, 4096)
+        counts, edges = np.histogram(order, 128)
         mass = np.concatenate(([0.0], np.cumsum(np.cbrt(counts))))
         book = np.interp((np.arange(ENTRIES) + 0.5) / ENTRIES * mass[-1], mass, edges)
         for _ in range(rounds):
