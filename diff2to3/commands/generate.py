@@ -1,7 +1,9 @@
-"""Turn photos into 3D Gaussian assets: for each a .ply, a turntable and metadata.json (seed, settings, timings).
+"""Turn photos into 3D Gaussian assets: for each a .ply, a turntable, the cut-out and metadata.json (seed, settings,
+timings); beside them index.json and a contact sheet.
 
-diff2to3 generate photo.png -o out/                       out/photo.ply, out/photo_turntable.png, out/metadata.json
+diff2to3 generate photo.png -o out/                       out/photo/photo.ply, out/photo/photo_turntable.png, …
 diff2to3 generate a.png photos/ -o out/                   an asset each: out/a/a.ply, …
+diff2to3 generate photo.png -o photo.ply                  this file alone
 diff2to3 generate --image front.png --image back.png      one asset from several photos of it
 diff2to3 generate photo.png --model microsoft/TRELLIS-image-large
 diff2to3 generate --prompt "a red chair" --model microsoft/TRELLIS-text-large
@@ -11,10 +13,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
+import itertools
 import re
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +28,31 @@ import torch
 from diff2to3.errors import InputError
 from diff2to3.flow.denoise import MULTI_IMAGE_MODES, resampled
 from diff2to3.flow.samplers import SAMPLERS
-from diff2to3.formats import FRAMES, WRITABLE, format_named
+from diff2to3.formats import FORMATS, FRAMES, WRITABLE, find_format, format_named
 from diff2to3.machine import limit_threads
 from diff2to3.pipeline.cutout import METHODS
-from diff2to3.pipeline.outputs import TURNTABLES, OutputFolder, Writer, check_turntable, describe
+from diff2to3.pipeline.index import METADATA, SHEET, ContactSheet, read_json, write_index
+from diff2to3.pipeline.outputs import (
+    TURNTABLES,
+    FileWriter,
+    OutputFolder,
+    Writer,
+    check_turntable,
+    describe,
+    turn,
+    unwritable,
+)
 from diff2to3.pipeline.photo_files import check_photo, open_photo
 from diff2to3.pipeline.photos import Photo
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from diff2to3.pipeline.image_to_3d import ImageTo3D, Result
 
 DEFAULT_MODEL = "mini"
+#: Endings with which --out names a file.
+FILES = tuple(entry.ending for entry in FORMATS.values())
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -48,8 +67,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     what.add_argument("--prompt", help="a text, for models that take text")
     what.add_argument(
-        "-o", "--out", type=Path, default=Path("out"), help="folder for the results (default: out)"
+        "-o", "--out", type=Path, default=Path("out"),
+        help="folder for the results, or a file, such as chair.ply or chair.spz, for the Gaussians of one asset alone "
+        "(default: out)",
+    )  # fmt: skip
+    what.add_argument(
+        "--recursive",
+        action="store_true",
+        help="also the photos in folders within a folder; hidden ones never",
     )
+    what.add_argument(
+        "--skip-existing", action="store_true",
+        help="leave out what --out has already: of the same photo, seed and model",
+    )  # fmt: skip
     what.add_argument(
         "--num-samples", type=int, default=1, help="assets from each input, by seed, seed + 1, …"
     )
@@ -132,6 +162,19 @@ class Job:
     text: str | None = None
     photos: list[Photo] = field(default_factory=list)
 
+    @cached_property
+    def digest(self) -> list[str]:
+        """SHA-256 of each photo's file, or of the text."""
+        if self.text is not None:
+            return [hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()]
+        digests = []
+        for path in self.paths:
+            try:
+                digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+        return digests
+
     def prompt(self, model: ImageTo3D, background_removal: str) -> str | list[Photo]:
         """Read and prepare the photos, once. InputError that names the photo."""
         if self.text is not None:
@@ -149,6 +192,14 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """An input of which nothing was made, and why."""
+
+    input: list[str]
+    message: str
+
+
+@dataclass(frozen=True)
 class Task:
     """One asset to make."""
 
@@ -161,23 +212,52 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     limit_threads()
     check_numbers(args)
-    jobs = collect_jobs(args)
+    jobs, failed = collect_jobs(args)
     check_turntable(args.turntable)
     formats = [format_named(name) for name in dict.fromkeys(args.format.split(","))]
-    device = choose_device(args.device)
-    output = OutputFolder(args.out, one_asset=len(jobs) * args.num_samples == 1)
-    with output:
-        model = load(args, device)
-        seconds = {"start": start - args.started, "load": time.perf_counter() - start}
-        common = describe(args.model, model, device)
-        encoding = {"frame": args.frame, "bake_filter": args.bake_filter}
-        writer = Writer(
-            output, args.turntable, common, seconds, viewer=args.viewer, formats=formats, encoding=encoding
-        )
-        failed = Run(args, model, writer).all(tasks_of(jobs, args))
-    for note in model.notes:
-        print(f"diff2to3 generate: {note}", file=sys.stderr)
+    encoding = {"frame": args.frame, "bake_filter": args.bake_filter}
+    tasks, skipped = placed(tasks_of(jobs, args), args)
+    if args.skip_existing and skipped:
+        print(f"{args.out}: {skipped} already there, left out")
+    if tasks:
+        device = choose_device(args.device)
+        file = single_file(args, tasks, failed)
+        with OutputFolder(args.out if file is None else file.parent) as output:
+            model = load(args, device)
+            seconds = {"start": start - args.started, "load": time.perf_counter() - start}
+            common = describe(args.model, model, device)
+            writer: Writer | FileWriter
+            if file is not None:
+                writer = FileWriter(file, encoding)
+            else:
+                options: dict[str, Any] = {"viewer": args.viewer, "formats": formats, "encoding": encoding}
+                writer = Writer(output, args.turntable, common, seconds, **options)
+            work = Run(args, model, writer, failed)
+            try:
+                work.all(tasks)
+            finally:
+                if file is None:
+                    work.conclude(args.out)
+        for note in model.notes:
+            print(f"diff2to3 generate: {note}", file=sys.stderr)
+    for failure in failed:
+        print(f"diff2to3 generate: error: {failure.message}", file=sys.stderr)
+    if failed and len(jobs) + len(failed) > 1:
+        print(f"diff2to3 generate: {len(failed)} failed; the others are done", file=sys.stderr)
     return 2 if failed else 0
+
+
+def single_file(args: argparse.Namespace, tasks: list[Task], failed: list[Failure]) -> Path | None:
+    """The file that ``--out`` names, if it does. InputError where there is more than one asset to write."""
+    out: Path = args.out
+    if not out.name.lower().endswith(FILES) or out.is_dir():
+        return None
+    format_named(find_format(out).name)  # some are only read
+    if len(tasks) + len(failed) != 1:
+        raise InputError(
+            f"--out: {out} is one file, and there are {len(tasks) + len(failed)} assets; name a folder"
+        )
+    return out
 
 
 def load(args: argparse.Namespace, device: torch.device) -> ImageTo3D:
@@ -196,36 +276,39 @@ def load(args: argparse.Namespace, device: torch.device) -> ImageTo3D:
 class Run:
     """Works through the tasks in batches; one bad input of several does not stop the others."""
 
-    def __init__(self, args: argparse.Namespace, model: ImageTo3D, writer: Writer) -> None:
-        self.args, self.model, self.writer = args, model, writer
+    def __init__(
+        self, args: argparse.Namespace, model: ImageTo3D, writer: Writer | FileWriter, failed: list[Failure]
+    ) -> None:
+        self.args, self.model, self.writer, self.failed = args, model, writer, failed
         changes = {"num_steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler}
         stages = (model.structure_settings, model.latent_settings)
         self.structure, self.latent = resampled(stages, changes)
         if args.prune is not None:
             self.latent = dataclasses.replace(self.latent, prune=args.prune)
+        self.made: list[dict[str, Any]] = []
+        self.sheet = ContactSheet()
+        self.since = args.started
 
-    def all(self, tasks: list[Task]) -> int:
-        """Make every asset; returns how many failed. The only one's InputError is raised."""
-        failed = 0
+    def all(self, tasks: list[Task]) -> None:
+        """Make every asset, and note what failed. The only one's InputError is raised."""
         for start in range(0, len(tasks), self.args.batch_size):
             chunk = tasks[start : start + self.args.batch_size]
             try:
                 self.batch(chunk)
             except InputError as error:
-                if len(tasks) == 1:
+                if len(tasks) == 1 and not self.failed:
                     raise
                 if len(chunk) > 1:
-                    failed += sum(self.alone(task) for task in chunk)
+                    for task in chunk:
+                        self.alone(task)
                 else:
-                    failed += complain(chunk[0], error)
-        return failed
+                    self.failed.append(failure_of(task=chunk[0], error=error))
 
-    def alone(self, task: Task) -> int:
+    def alone(self, task: Task) -> None:
         try:
             self.batch([task])
         except InputError as error:
-            return complain(task, error)
-        return 0
+            self.failed.append(failure_of(task, error))
 
     def batch(self, tasks: list[Task]) -> None:
         """Generate and write."""
@@ -242,24 +325,60 @@ class Run:
                 progress=progress,
                 refine=self.args.refine,
             )
+        paths = []
         for task, result in zip(tasks, results, strict=True):
             result.seconds["photos"] = prepared
             own = {
                 "input": task.job.origin,
+                "input_sha256": task.job.digest,
                 "structure": dataclasses.asdict(self.structure),
                 "latent": dataclasses.asdict(self.latent),
                 "batch_size": len(tasks),
             }
-            path, seconds = self.writer.write(task.stem, result, own)
-            print(f"{path}: {len(result.gaussians):,} Gaussians in {seconds:.1f} s")
+            path, files = self.writer.write(task.stem, result, own)
+            paths.append(path)
+            self.made.append(
+                {
+                    "name": task.stem,
+                    "input": task.job.origin,
+                    "seed": task.seed,
+                    "files": files,
+                    "warnings": list(result.notes),
+                }
+            )
+            self.sheet.add(task.stem, shown(result), turn(result, 1)[0])
+        now = time.perf_counter()
+        each, self.since = (now - self.since) / len(tasks), now
+        for path, task, result in zip(paths, tasks, results, strict=True):
+            print(f"{path}: {len(result.gaussians):,} Gaussians in {each:.1f} s")
             for note in result.notes:
                 print(f"diff2to3 generate: {task.stem}: warning: {note}", file=sys.stderr)
 
+    def conclude(self, folder: Path) -> None:
+        """Write the index and the contact sheet, where there is anything to put on them."""
+        if not self.made:
+            return
+        try:
+            write_index(folder, self.made, [dataclasses.asdict(failure) for failure in self.failed])
+            self.sheet.write(folder / SHEET)
+        except OSError as error:
+            raise unwritable(folder, error) from error
+        if len(self.made) > 1:
+            total = time.perf_counter() - self.args.started
+            print(f"{folder}: {len(self.made)} assets in {total:.1f} s, index.json, {SHEET}")
 
-def complain(task: Task, error: InputError) -> int:
+
+def shown(result: Result) -> Image.Image | None:
+    """The first input, for the contact sheet."""
+    from diff2to3.web.viewer import seen_picture
+
+    cut = result.photos[0].cut_out if result.photos else None
+    return cut or seen_picture(result)
+
+
+def failure_of(task: Task, error: InputError) -> Failure:
     origin = "" if str(error).startswith(tuple(task.job.origin)) else f"{task.job.origin[0]}: "
-    print(f"diff2to3 generate: error: {origin}{error}", file=sys.stderr)
-    return 1
+    return Failure(task.job.origin, f"{origin}{error}")
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -273,28 +392,43 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise InputError(f"--seed: expected a number from 0 to 2⁶³, got {args.seed}")
 
 
-def collect_jobs(args: argparse.Namespace) -> list[Job]:
-    """Look at the header of every input before anything slow begins, so that most bad ones cost nothing."""
+def collect_jobs(args: argparse.Namespace) -> tuple[list[Job], list[Failure]]:
+    """Look at the header of every input before anything slow begins, so that most bad ones cost nothing. The only
+    input's InputError is raised; of several, the bad ones are put aside.
+    """
     if args.prompt is not None:
         if args.photos or args.image:
             raise InputError("--prompt: give a text or photos, not both")
         if not args.prompt.strip():
             raise InputError("--prompt: the text is empty")
         stem = re.sub(r"\W+", "_", args.prompt).strip("_")[:60] or "prompt"
-        return [Job(stem, [args.prompt], text=args.prompt)]
+        return [Job(stem, [args.prompt], text=args.prompt)], []
     if args.image and args.photos:
         raise InputError("--image: give photos of one object with --image, or separate photos, not both")
     if args.image:
-        jobs = [Job(args.image[0].stem, [str(p) for p in args.image], list(args.image))]
-    else:
-        paths = [p for given in args.photos for p in expand(given)]
-        if not paths:
-            raise InputError("no input: give a photo, a folder of photos, --image or --prompt")
-        jobs = [Job(name, [str(p)], [p]) for name, p in zip(names_of(paths), paths, strict=True)]
-    for job in jobs:
-        for path in job.paths:
+        for path in args.image:
             check_photo(path)
-    return jobs
+        return [Job(args.image[0].stem, [str(p) for p in args.image], list(args.image))], []
+    if not args.photos:
+        raise InputError("no input: give a photo, a folder of photos, --image or --prompt")
+    good: list[Path] = []
+    errors: list[tuple[Path, InputError]] = []
+    for given in args.photos:
+        try:
+            found = expand(given, args.recursive, args.out)
+        except InputError as error:
+            errors.append((given, error))
+            continue
+        for path in found:
+            try:
+                check_photo(path)
+                good.append(path)
+            except InputError as error:
+                errors.append((path, error))
+    if len(errors) == 1 and not good:
+        raise errors[0][1]
+    jobs = [Job(name, [str(p)], [p]) for name, p in zip(names_of(good), good, strict=True)]
+    return jobs, [Failure([str(path)], str(error)) for path, error in errors]
 
 
 def names_of(paths: list[Path]) -> list[str]:
@@ -318,17 +452,60 @@ def tasks_of(jobs: list[Job], args: argparse.Namespace) -> list[Task]:
     ]
 
 
-def expand(path: Path) -> list[Path]:
-    """The images in a folder, sorted; a file stays as it is."""
+def placed(tasks: list[Task], args: argparse.Namespace) -> tuple[list[Task], int]:
+    """The tasks with names under which nothing else lies in ``--out``, and how many were left out because they are
+    there. The same photo, seed and model replace what they made before.
+    """
+    out: Path = args.out
+    kept: list[Task] = []
+    taken: set[str] = set()
+    skipped = 0
+    for task in tasks:
+        for number in itertools.count(1):
+            name = task.stem if number == 1 else f"{task.stem}_{number}"
+            metadata = read_json(out / name / METADATA)
+            identity = (metadata.get("input_sha256"), metadata.get("seed"), metadata.get("model"))
+            same = identity == (task.job.digest, task.seed, args.model)
+            if name not in taken and (same or is_free(out / name)):
+                break
+        taken.add(name)
+        if same and args.skip_existing:
+            skipped += 1
+            continue
+        if name != task.stem:
+            print(
+                f"diff2to3 generate: {out / task.stem} holds something else; writing {name}", file=sys.stderr
+            )
+        kept.append(dataclasses.replace(task, stem=name))
+    return kept, skipped
+
+
+def is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def expand(path: Path, recursive: bool, out: Path) -> list[Path]:
+    """The images in a folder, sorted, without hidden ones and the results of earlier runs; a file stays as it is."""
     if not path.is_dir():
         return [path]
     from PIL import Image
 
-    known = Image.registered_extensions()
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in known)
+    Image.init()
+    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    known |= {".heic", ".heif", ".hif", ".avif"}
+    found = []
+    try:
+        for inside in path.rglob("*") if recursive else path.iterdir():
+            hidden = any(part.startswith(".") for part in inside.relative_to(path).parts)
+            ours = inside == out / SHEET or (inside.parent / METADATA).is_file()
+            if inside.suffix.lower() in known and not hidden and not ours and inside.is_file():
+                found.append(inside)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not found:
-        raise InputError(f"{path}: no image in this folder")
-    return found
+        deeper = "" if recursive else "; --recursive looks into the folders within"
+        raise InputError(f"{path}: no image in this folder{deeper}")
+    return sorted(found)
 
 
 def choose_device(name: str | None) -> torch.device:

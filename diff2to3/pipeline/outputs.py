@@ -15,16 +15,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from diff2to3 import __version__
 from diff2to3.errors import InputError, MissingDependencyError
-from diff2to3.files import sync_folder
-from diff2to3.formats import FORMATS, Format, encode
+from diff2to3.files import sync_folder, write_atomic
+from diff2to3.formats import FORMATS, Format, encode, find_format
 from diff2to3.formats.comments import CONVENTIONS
 from diff2to3.gaussians.render import EPS2D
 from diff2to3.machine import peak_memory
 from diff2to3.pipeline.camera_file import camera_entry
+from diff2to3.pipeline.index import METADATA
 from diff2to3.pipeline.turntable import DEFAULT_VIEWS, turntable
 
 if TYPE_CHECKING:
@@ -36,14 +39,14 @@ RESOLUTION = 256
 
 
 class OutputFolder:
-    """Where results go: the folder itself for one asset, else a folder in it for each.
+    """Where results go: a folder in it for each asset, however many there are.
 
     As a context: the folders are made on entry, so that an unwritable place is found out before anything slow begins,
     and those that are still empty at the end are removed again.
     """
 
-    def __init__(self, folder: Path, one_asset: bool) -> None:
-        self.folder, self.one_asset = folder, one_asset
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.made: list[Path] = []
 
     def __enter__(self) -> OutputFolder:
@@ -78,7 +81,7 @@ class OutputFolder:
 
     def replace(self, stem: str, files: Mapping[str, Path]) -> Path:
         """Move finished files (name → where it is now) to their places; returns the folder."""
-        place = self.folder if self.one_asset else self.folder / stem
+        place = self.folder / stem
         self.make(place)
         for name, path in files.items():
             os.replace(path, place / name)
@@ -105,15 +108,16 @@ class Writer:
         self.output, self.picture, self.viewer = output, picture, viewer
         self.common, self.seconds = common, seconds
 
-    def write(self, stem: str, result: Result, own: Mapping[str, Any]) -> tuple[Path, float]:
-        """All files of one asset; returns the path of the Gaussians and the seconds spent on the asset.
+    def write(self, stem: str, result: Result, own: Mapping[str, Any]) -> tuple[Path, list[str]]:
+        """All files of one asset; returns the path of the Gaussians and the names of all files.
 
         The files are written and forced to the disk under a hidden folder first, then renamed one after another.
         """
         files = [f"{stem}{entry.ending}" for entry in self.formats]
         picture = f"{stem}_turntable.{self.picture}"
         page = [f"{stem}.html"] if self.viewer else []
-        names = [*files, *([] if self.picture == "none" else [picture]), *page, "metadata.json"]
+        cuts = cut_outs(stem, result)
+        names = [*files, *([] if self.picture == "none" else [picture]), *page, *cuts, METADATA]
         seconds = {**self.seconds, **result.seconds}
         try:
             with tempfile.TemporaryDirectory(dir=self.output.folder, prefix=".diff2to3-") as temporary:
@@ -124,13 +128,16 @@ class Writer:
                     seconds["turntable"] = time.perf_counter() - before
                 for name, entry in zip(files, self.formats, strict=True):
                     before = time.perf_counter()
-                    content = encode(result.gaussians, entry, self.note(result), **self.encoding)
+                    content = encode(result.gaussians, entry, note_of(result), **self.encoding)
                     (folder / name).write_bytes(content)
                     seconds[entry.name] = time.perf_counter() - before
                 for name in page:
                     before = time.perf_counter()
-                    (folder / name).write_text(result_page(result, stem, self.note(result)), encoding="utf-8")
+                    page_text = result_page(result, stem, note_of(result))
+                    (folder / name).write_text(page_text, encoding="utf-8", errors="replace")
                     seconds["viewer"] = time.perf_counter() - before
+                for name, image in cuts.items():
+                    image.save(folder / name)
                 metadata = self.metadata(result, own, seconds, names)
                 (folder / names[-1]).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
                 for name in names:
@@ -138,15 +145,7 @@ class Writer:
                 place = self.output.replace(stem, {name: folder / name for name in names})
         except OSError as error:
             raise unwritable(self.output.folder / files[0], error) from error
-        return place / files[0], sum(seconds.values()) - sum(self.seconds.values())
-
-    def note(self, result: Result) -> dict[str, Any]:
-        """What the files say about themselves."""
-        return {
-            "generator": f"diff2to3 {__version__}",
-            "seed": result.seed,
-            "screen_filter": EPS2D,
-        }
+        return place / files[0], names
 
     def metadata(
         self, result: Result, own: Mapping[str, Any], seconds: Mapping[str, float], names: list[str]
@@ -165,6 +164,32 @@ class Writer:
             "seconds": {**rounded, "total": round(sum(seconds.values()), 3)},
             "peak_memory_bytes": peak_memory(torch.device(self.common["device"])),
         }
+
+
+class FileWriter:
+    """Writes the Gaussians of one result, in the format that the path's ending names, and nothing else.
+
+    ``encoding``: options of :func:`diff2to3.formats.encode`.
+    """
+
+    def __init__(self, path: Path, encoding: Mapping[str, Any] | None = None) -> None:
+        self.path, self.format, self.encoding = path, find_format(path), dict(encoding or {})
+
+    def write(self, stem: str, result: Result, own: Mapping[str, Any]) -> tuple[Path, list[str]]:
+        try:
+            write_atomic(self.path, encode(result.gaussians, self.format, note_of(result), **self.encoding))
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        return self.path, [self.path.name]
+
+
+def note_of(result: Result) -> dict[str, Any]:
+    """What the files say about themselves."""
+    return {
+        "generator": f"diff2to3 {__version__}",
+        "seed": result.seed,
+        "screen_filter": EPS2D,
+    }
 
 
 def describe(name: str, model: ImageTo3D, device: torch.device) -> dict[str, Any]:
@@ -192,10 +217,25 @@ def check_turntable(kind: str) -> None:
         raise MissingDependencyError("imageio-ffmpeg", "video")
 
 
+def cut_outs(stem: str, result: Result) -> dict[str, Image.Image]:
+    """File name → the object on transparency, as the model was given it: one a photo."""
+    found = [photo.cut_out for photo in result.photos if photo.cut_out is not None]
+    if len(found) == 1:
+        return {f"{stem}_cutout.png": found[0]}
+    return {f"{stem}_cutout_{k}.png": image for k, image in enumerate(found)}
+
+
 def draw(path: Path, result: Result) -> None:
     from diff2to3.gaussians.pictures import write_frames
 
-    write_frames(path, turntable(result.gaussians, DEFAULT_VIEWS[path.suffix], RESOLUTION))
+    write_frames(path, turn(result, DEFAULT_VIEWS[path.suffix]))
+
+
+def turn(result: Result, num_views: int) -> np.ndarray:
+    """Frames uint8 [V, R, R, 3] of one turn around a result that starts where its photo was taken."""
+    from diff2to3.web.viewer import home_of
+
+    return turntable(result.gaussians, num_views, RESOLUTION, azimuth=home_of(result).azimuth)
 
 
 def result_page(result: Result, name: str, note: Mapping[str, Any]) -> str:

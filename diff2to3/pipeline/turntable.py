@@ -17,12 +17,25 @@ DEFAULT_VIEWS = {".png": 8, ".gif": 48, ".mp4": 120}
 
 
 def turntable(
-    gaussians: Gaussians, num_views: int, resolution: int, *, elevation: float = 20.0, background: float = 1.0
+    gaussians: Gaussians,
+    num_views: int,
+    resolution: int,
+    *,
+    elevation: float = 20.0,
+    background: float = 1.0,
+    azimuth: float = 0.0,
 ) -> np.ndarray:
-    """Frames uint8 [V, R, R, 3] of one turn around an object in the unit box."""
+    """Frames uint8 [V, R, R, 3] of one turn around an object in the unit box. The first camera stands at ``azimuth``
+    degrees around z from +x.
+    """
     # wide enough for all but the corners of the unit box
     config = CameraConfig("orbit", num_views=num_views, fov_degrees=48.0, elevation=elevation)
     viewmats, Ks = sample_cameras(config, resolution, resolution, np.random.default_rng(0))
+    angle = torch.tensor(azimuth, dtype=viewmats.dtype).deg2rad()
+    turned = torch.eye(4, dtype=viewmats.dtype)
+    turned[0, 0] = turned[1, 1] = angle.cos()
+    turned[0, 1], turned[1, 0] = angle.sin(), -angle.sin()
+    viewmats = viewmats @ turned  # the world is turned back, so that every camera stands further
     return frames(gaussians, zip(viewmats, Ks, strict=True), resolution, background)
 
 

@@ -71,7 +71,7 @@ def test_the_command_does_not_wait_for_the_compiler(tmp_path: Path) -> None:
         words = [sys.executable, "-c", COMMAND, EXAMPLES / "suv.png", tmp_path / name, *modules]
         ended = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
         assert ended.stdout.split()[-2:] == ["0", str(bool(modules))]
-    plain, compiler = (tmp_path / name / "suv.ply" for name in ("plain", "compiler"))
+    plain, compiler = (tmp_path / name / "suv" / "suv.ply" for name in ("plain", "compiler"))
     assert plain.read_bytes() == compiler.read_bytes()
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from diff2to3.errors import InputError
 from diff2to3.formats import read as read_ply
 from diff2to3.gaussians.render import render
 from diff2to3.pipeline import ImageTo3D, outputs
+from diff2to3.pipeline.turntable import turntable
+from diff2to3.types import Gaussians
 from diff2to3.views.cameras import CameraConfig, sample_cameras
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,7 +47,9 @@ def generate(bundles):
 
 
 def metadata_of(folder):
-    return json.loads((folder / "metadata.json").read_text())
+    """Of the one asset below."""
+    (path,) = folder.rglob("metadata.json")
+    return json.loads(path.read_text())
 
 
 # ---------------------------------------------------------------- what it writes
@@ -54,9 +59,10 @@ def test_one_photo(generate, bundles, photos, model, tmp_path, capsys):
     out = tmp_path / "new" / "out"
     assert generate(photos[0], "-o", out, "--seed", 3) == 0
     printed = capsys.readouterr()
-    assert f"{out / 'photo0.ply'}: " in printed.out and printed.err == ""
-    files = {"photo0.ply", "photo0_turntable.png", "metadata.json"}
-    assert {p.name for p in out.iterdir()} == files
+    assert f"{out / 'photo0' / 'photo0.ply'}: " in printed.out and printed.err == ""
+    files = {"photo0.ply", "photo0_turntable.png", "photo0_cutout.png", "metadata.json"}
+    assert {p.name for p in (out / "photo0").iterdir()} == files
+    assert {p.name for p in out.iterdir()} == {"photo0", "index.json", "contact_sheet.png"}
     metadata = metadata_of(out)
     expected = model(Image.open(photos[0]), seed=3)
     assert metadata["seed"] == 3 and metadata["input"] == [str(photos[0])] and set(metadata["files"]) == files
@@ -71,10 +77,10 @@ def test_one_photo(generate, bundles, photos, model, tmp_path, capsys):
     assert set(seconds) == {*parts, "total"}
     assert seconds["total"] == pytest.approx(sum(seconds[name] for name in parts), abs=0.01)
     assert metadata["peak_memory_bytes"]["host"] > 50e6
-    gaussians, comment = read_ply(out / "photo0.ply")
+    gaussians, comment = read_ply(out / "photo0" / "photo0.ply")
     assert comment["seed"] == 3 and comment["screen_filter"] == 0.1
     torch.testing.assert_close(gaussians.means, expected.gaussians.means, rtol=0, atol=1e-6)
-    sheet = np.asarray(Image.open(out / "photo0_turntable.png"))
+    sheet = np.asarray(Image.open(out / "photo0" / "photo0_turntable.png"))
     assert sheet.shape == (2 * 256, 4 * 256, 3) and (sheet < 250).any()
 
 
@@ -84,13 +90,13 @@ def test_the_same_seed_gives_the_same_files(generate, photos, tmp_path):
     assert generate(*common, "-o", tmp_path / "a", "--seed", 5) == 0
     assert generate(*common, "-o", tmp_path / "b", "--seed", 5, "--low-vram") == 0
     assert generate(*common, "-o", tmp_path / "c", "--seed", 4, "--num-samples", 2) == 0
-    first = (tmp_path / "a" / "photo0.ply").read_bytes()
-    assert first == (tmp_path / "b" / "photo0.ply").read_bytes()
+    first = (tmp_path / "a" / "photo0" / "photo0.ply").read_bytes()
+    assert first == (tmp_path / "b" / "photo0" / "photo0.ply").read_bytes()
     assert first == (tmp_path / "c" / "photo0_1" / "photo0_1.ply").read_bytes()
     assert first != (tmp_path / "c" / "photo0_0" / "photo0_0.ply").read_bytes()
     words = ("-o", tmp_path / "d", "--seed", 5, "--batch-size", 4, "--turntable", "none")
     assert generate(*photos, *words) == 0
-    one, four = (read_ply(p)[0] for p in (tmp_path / "a/photo0.ply", tmp_path / "d/photo0/photo0.ply"))
+    one, four = (read_ply(p)[0] for p in (tmp_path / "a/photo0/photo0.ply", tmp_path / "d/photo0/photo0.ply"))
     for name in ("means", "scales", "quats", "opacities", "sh"):
         assert (getattr(one, name) - getattr(four, name)).abs().max() < 1e-5, name
     assert metadata_of(tmp_path / "d" / "photo3")["batch_size"] == 4
@@ -152,7 +158,7 @@ def test_files_may_do_without_what_nobody_sees(generate, photos, tmp_path, capsy
     counts = []
     for k, words in enumerate(((), ("--prune", 0.5))):
         assert generate(photos[0], "-o", tmp_path / str(k), *words, "--turntable", "none") == 0
-        counts.append(len(read_ply(tmp_path / str(k) / "photo0.ply")[0]))
+        counts.append(len(read_ply(tmp_path / str(k) / "photo0" / "photo0.ply")[0]))
         settings = metadata_of(tmp_path / str(k))
         assert (settings["structure"]["prune"], settings["latent"]["prune"]) == (0, 0.5 * k)
     assert 0 < counts[1] < counts[0]
@@ -166,16 +172,16 @@ def test_several_photos_of_one_object(generate, photos, tmp_path):
     assert metadata_of(tmp_path / "a")["input"] == [str(photos[0]), str(photos[1])]
     assert generate(*words, "-o", tmp_path / "b", "--multi-image", "multidiffusion") == 0
     assert generate(photos[0], "-o", tmp_path / "c", "--turntable", "none") == 0
-    made = [(tmp_path / folder / "photo0.ply").read_bytes() for folder in "abc"]
+    made = [(tmp_path / folder / "photo0" / "photo0.ply").read_bytes() for folder in "abc"]
     assert len(set(made)) == 3
 
 
 def test_viewer_is_one_more_file(generate, photos, tmp_path):
     assert generate(photos[0], "-o", tmp_path, "--turntable", "none", "--viewer") == 0
-    assert {p.name for p in tmp_path.iterdir()} >= {"photo0.ply", "photo0.html", "metadata.json"}
-    page = (tmp_path / "photo0.html").read_text(encoding="utf-8")
+    assert {p.name for p in (tmp_path / "photo0").iterdir()} >= {"photo0.ply", "photo0.html", "metadata.json"}
+    page = (tmp_path / "photo0" / "photo0.html").read_text(encoding="utf-8")
     assert "<title>" in page and "data:image/webp;base64," in page  # what the model saw is beside it
-    assert "photo0.html" in json.loads((tmp_path / "metadata.json").read_text())["files"]
+    assert "photo0.html" in json.loads((tmp_path / "photo0" / "metadata.json").read_text())["files"]
 
 
 @pytest.mark.parametrize("ending", ["gif", "mp4"])
@@ -185,7 +191,7 @@ def test_animated_turntables(generate, photos, tmp_path, ending, monkeypatch):
     monkeypatch.setattr(outputs, "RESOLUTION", 32)
     monkeypatch.setattr(outputs, "DEFAULT_VIEWS", {".gif": 5, ".mp4": 5})
     assert generate(photos[0], "-o", tmp_path, "--turntable", ending) == 0
-    film = tmp_path / f"photo0_turntable.{ending}"
+    film = tmp_path / "photo0" / f"photo0_turntable.{ending}"
     if ending == "gif":
         with Image.open(film) as image:
             assert image.n_frames == 5 and image.size == (32, 32)
@@ -208,9 +214,139 @@ def test_a_folder_with_a_bad_photo(generate, photos, tiny, tmp_path, capsys):
         error = capsys.readouterr().err
         assert error == (
             f"diff2to3 generate: error: {many / 'nothing.png'}: no object: all of it is transparent\n"
+            "diff2to3 generate: 1 failed; the others are done\n"
         )
         made = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-        assert made == {f"{n}/{f}" for n in ("a_png", "a_webp") for f in (f"{n}.ply", "metadata.json")}
+        files = {
+            f"{n}/{f}" for n in ("a_png", "a_webp") for f in (f"{n}.ply", f"{n}_cutout.png", "metadata.json")
+        }
+        assert made == {*files, "index.json", "contact_sheet.png"}
+
+
+def files_below(folder):
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_an_unreadable_file_does_not_stop_a_folder(generate, photos, tiny, tmp_path, capsys):
+    """Every fault is told at the end; the index holds both, the sheet every input beside its result."""
+    many = tmp_path / "photos"
+    many.mkdir()
+    for name in ("b.png", "c.png"):
+        tiny.photo(len(name)).save(many / name)
+    (many / "a.png").write_bytes(b"text")
+    (many / "d.jpg").write_bytes(b"")
+    out = tmp_path / "out"
+    assert generate(many, tmp_path / "missing.png", "-o", out, "--turntable", "none") == 2
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert [line.split(": ")[2] for line in lines[:-1]] == [
+        str(many / "a.png"), str(many / "d.jpg"), str(tmp_path / "missing.png")
+    ]  # fmt: skip
+    assert lines[-1] == "diff2to3 generate: 3 failed; the others are done"
+    assert printed.out.splitlines()[-1].startswith(f"{out}: 2 assets in ")
+    index = json.loads((out / "index.json").read_text())
+    assert [asset["name"] for asset in index["assets"]] == ["b", "c"]
+    assert set(index["assets"][0]["files"]) == {"b.ply", "b_cutout.png", "metadata.json"}
+    assert [failure["input"] for failure in index["failed"]] == [
+        [str(many / "a.png")], [str(many / "d.jpg")], [str(tmp_path / "missing.png")]
+    ]  # fmt: skip
+    sheet = np.asarray(Image.open(out / "contact_sheet.png")).astype(int)
+    assert sheet.shape == (2 * (160 + 14), 2 * 160, 3)
+    for row in (0, 174):
+        for column in (0, 160):
+            assert (sheet[row : row + 160, column : column + 160] < 200).any(), (row, column)
+    assert (np.asarray(Image.open(out / "b" / "b_cutout.png"))[..., 3] == 0).any()
+
+
+def test_only_unreadable_files(generate, tmp_path, capsys):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"text")
+    assert generate(tmp_path, "-o", tmp_path / "out") == 2
+    assert capsys.readouterr().err.count("error: ") == 2 and not (tmp_path / "out").exists()
+
+
+def test_hidden_files_and_folders_within(generate, tiny, tmp_path, capsys):
+    many = tmp_path / "photos"
+    (many / "deep" / "er").mkdir(parents=True)
+    (many / ".cache").mkdir()
+    for name in ("a.png", ".b.png", "._a.png", "deep/c.png", "deep/er/a.png", ".cache/d.png"):
+        tiny.photo(len(name) % 5).save(many / name)
+    words = ("--turntable", "none")
+    assert generate(many, "-o", tmp_path / "flat", *words) == 0
+    assert {p.name for p in (tmp_path / "flat").iterdir() if p.is_dir()} == {"a"}
+    # the results lie among the photos, and are no photos
+    for _ in range(2):
+        assert generate(many, "-o", many, "--recursive", *words) == 0
+        made = {str(p.relative_to(many)) for p in many.rglob("*.ply")}
+        assert made == {"a_png/a_png.ply", "a_png_2/a_png_2.ply", "c/c.ply"}
+    folder = many / ".cache"
+    assert generate(folder / "d.png", "-o", tmp_path / "named", *words) == 0  # asked for by name
+    empty = tmp_path / "empty"
+    (empty / "within").mkdir(parents=True)
+    assert generate(empty, "-o", tmp_path / "none") == 2
+    assert "no image in this folder; --recursive looks into the folders within" in capsys.readouterr().err
+
+
+def test_nothing_of_another_asset_is_overwritten(generate, photos, tiny, tmp_path, capsys):
+    """Two photos of one name in two runs; another seed; the same again; and what is there already left out."""
+    out = tmp_path / "out"
+    (tmp_path / "other").mkdir()
+    tiny.photo(3).save(tmp_path / "other" / "photo0.png")
+    words = ("-o", out, "--turntable", "none")
+    assert generate(photos[0], *words) == 0
+    first = (out / "photo0" / "metadata.json").read_bytes()
+    capsys.readouterr()
+    assert generate(tmp_path / "other" / "photo0.png", *words) == 0
+    assert f"{out / 'photo0'} holds something else; writing photo0_2" in capsys.readouterr().err
+    assert generate(photos[0], *words, "--seed", 1) == 0
+    assert (out / "photo0" / "metadata.json").read_bytes() == first
+    names = [asset["name"] for asset in json.loads((out / "index.json").read_text())["assets"]]
+    assert names == ["photo0", "photo0_2", "photo0_3"]
+    before = {name: (out / name).stat().st_mtime_ns for name in names}
+    capsys.readouterr()
+    assert generate(photos[0], *words, "--skip-existing") == 0
+    assert capsys.readouterr().out == f"{out}: 1 already there, left out\n"
+    assert {name: (out / name).stat().st_mtime_ns for name in names} == before
+    assert generate(photos[0], *words) == 0  # made again, in its place
+    assert {p.name for p in out.iterdir() if p.is_dir()} == set(names)
+    (out / "photo1").mkdir()
+    (out / "photo1" / "mine.txt").write_text("keep")
+    assert generate(photos[1], *words) == 0
+    assert files_below(out / "photo1") == {"mine.txt"} and (out / "photo1_2" / "photo1_2.ply").is_file()
+
+
+def test_out_may_be_one_file(generate, photos, tmp_path, capsys):
+    path = tmp_path / "new" / "chair.ply"
+    assert generate(photos[0], "-o", path, "--seed", 3) == 0
+    assert files_below(tmp_path) == {"new/chair.ply"} and read_ply(path)[1]["seed"] == 3
+    assert generate(photos[0], "-o", tmp_path / "chair.SPZ") == 0
+    assert (tmp_path / "chair.SPZ").read_bytes()[:2] == b"\x1f\x8b"
+    (tmp_path / "chair.SPZ").unlink()
+    capsys.readouterr()
+    assert generate(photos[0], "-o", tmp_path / "a.ksplat") == 2  # only read
+    assert generate(*photos[:2], "-o", tmp_path / "two.ply") == 2
+    assert "is one file, and there are 2 assets; name a folder" in capsys.readouterr().err
+    assert files_below(tmp_path) == {"new/chair.ply"}
+
+
+def test_the_printed_time_includes_the_start(generate, photos, tmp_path, capsys):
+    before = time.perf_counter()
+    assert generate(photos[0], "-o", tmp_path) == 0
+    wall = time.perf_counter() - before
+    printed = float(capsys.readouterr().out.splitlines()[0].split(" in ")[1].split()[0])
+    seconds = metadata_of(tmp_path)["seconds"]
+    assert seconds["start"] + seconds["load"] - 0.1 < printed < wall + 0.1
+
+
+def test_turntables_start_where_the_photo_was_taken():
+    """Red in front (−y, where a photo's camera stands), blue behind."""
+    g = Gaussians(
+        torch.tensor([[0.0, -0.3, 0], [0, 0.3, 0]]), torch.tensor([[1.0, 0, 0, 0]] * 2), torch.full((2, 3), 0.1),
+        torch.tensor([0.99, 0.99]), torch.tensor([[[1.7, -1.7, -1.7]], [[-1.7, -1.7, 1.7]]]),
+    )  # fmt: skip
+    frames = turntable(g, 4, 32, elevation=0.0, azimuth=-90.0)
+    middle = frames[:, 16, 16].tolist()
+    assert middle[0][0] > 200 > 60 > middle[0][2] and middle[2][2] > 200 > 60 > middle[2][0]
 
 
 def test_names_never_clash():
@@ -256,7 +392,7 @@ def test_other_programs_read_and_render_the_ply_alike(generate, photos, tmp_path
     """Another reader's columns, activated as the 3DGS paper says, through gsplat's PyTorch reference."""
     pytest.importorskip("gsplat", reason="an independent rasteriser")
     assert generate(photos[0], "-o", tmp_path, "--turntable", "none") == 0
-    vertices = vertices_by(library, tmp_path / "photo0.ply")
+    vertices = vertices_by(library, tmp_path / "photo0" / "photo0.ply")
 
     def columns(*names):
         return torch.from_numpy(np.stack([vertices[name].astype(np.float32) for name in names], -1))
@@ -266,7 +402,7 @@ def test_other_programs_read_and_render_the_ply_alike(generate, photos, tmp_path
     opacities = 1 / (1 + torch.exp(-columns("opacity")[:, 0]))
     scales = torch.exp(columns("scale_0", "scale_1", "scale_2"))
     viewmats, Ks = sample_cameras(CameraConfig("orbit", num_views=3), 64, 64, np.random.default_rng(0))
-    ours, _ = read_ply(tmp_path / "photo0.ply")
+    ours, _ = read_ply(tmp_path / "photo0" / "photo0.ply")
     reference = gsplat_peer().gsplat_reference
     for view in range(3):
         cameras = (viewmats[view : view + 1], Ks[view : view + 1])

@@ -195,12 +195,12 @@ def test_photo_to_ply_by_the_command(folder, photo, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "Gaussians in" in printed.out
     assert "slat_decoder_mesh is skipped" in printed.err and "slat_decoder_rf is skipped" in printed.err
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "photo.ply", "photo_turntable.png", "metadata.json"
+    assert {p.name for p in (tmp_path / "out" / "photo").iterdir()} == {
+        "photo.ply", "photo_turntable.png", "photo_cutout.png", "metadata.json"
     }  # fmt: skip
-    metadata = json.loads((tmp_path / "out" / "metadata.json").read_text())
+    metadata = json.loads((tmp_path / "out" / "photo" / "metadata.json").read_text())
     assert metadata["seed"] == 3 and metadata["structure"]["guidance_scale"] == 6.0
-    ours, comment = read_ply(tmp_path / "out" / "photo.ply")
+    ours, comment = read_ply(tmp_path / "out" / "photo" / "photo.ply")
     assert comment["seed"] == 3
     assert len(ours) == metadata["num_gaussians"] == 4 * metadata["num_voxels"] > 0
 
@@ -226,7 +226,8 @@ def test_bundle_gives_the_same_bytes(folder, photo, tmp_path, capsys):
     for model, out in ((folder, "a"), (tmp_path / "bundle", "b")):
         args = (photo, "--model", model, "--image-encoder", encoder, "-o", tmp_path / out)
         assert generate(*args) == 0
-    assert (tmp_path / "a" / "photo.ply").read_bytes() == (tmp_path / "b" / "photo.ply").read_bytes()
+    a, b = (tmp_path / name / "photo" / "photo.ply" for name in "ab")
+    assert a.read_bytes() == b.read_bytes()
     capsys.readouterr()
     assert cli.main(["convert", str(folder), "-o", str(tmp_path / "bundle")]) == 2
     assert "already exists" in capsys.readouterr().err
@@ -243,7 +244,7 @@ def test_seeds_samples_and_settings(folder, photo, tmp_path):
     files = {p.name: p.read_bytes() for p in (tmp_path / "a").glob("*/*.ply")}
     assert set(files) == {"photo_0.ply", "photo_1.ply"}
     assert files["photo_0.ply"] != files["photo_1.ply"]
-    assert (tmp_path / "b" / "photo.ply").read_bytes() == files["photo_1.ply"]  # seed 6, alone
+    assert (tmp_path / "b" / "photo" / "photo.ply").read_bytes() == files["photo_1.ply"]  # seed 6, alone
     metadata = json.loads((tmp_path / "a" / "photo_1" / "metadata.json").read_text())
     assert metadata["seed"] == 6 and metadata["latent"]["num_steps"] == 2
 
@@ -275,7 +276,9 @@ def test_batches_of_photos(folder, photo, tmp_path):
     args = (many, "--model", folder, "-o", tmp_path / "out", "--steps", 1, "--turntable", "none")
     assert generate(*args) == 0
     names = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").glob("*/*")}
-    assert names == {f"{n}/{f}" for n in ("a_png", "a_webp") for f in (f"{n}.ply", "metadata.json")}
+    assert names == {
+        f"{n}/{f}" for n in ("a_png", "a_webp") for f in (f"{n}.ply", f"{n}_cutout.png", "metadata.json")
+    }
     first, second = (
         next((tmp_path / "out").glob(f"*/a_{kind}.ply")).read_bytes() for kind in ("png", "webp")
     )
@@ -318,8 +321,8 @@ def text_folder(folder, tmp_path_factory):
 def test_text_to_ply_by_the_command(text_folder, photo, tmp_path, capsys):
     out = tmp_path / "out"
     assert generate("--prompt", "a red chair!", "--model", text_folder, "-o", out, "--steps", 2) == 0
-    assert {p.name for p in out.glob("*.ply")} == {"a_red_chair.ply"}
-    assert len(read_ply(out / "a_red_chair.ply")[0]) > 0
+    assert {p.name for p in out.glob("*/*.ply")} == {"a_red_chair.ply"}
+    assert len(read_ply(out / "a_red_chair" / "a_red_chair.ply")[0]) > 0
     capsys.readouterr()
     assert generate(photo, "--model", text_folder, "-o", out) == 2
     assert capsys.readouterr().err.endswith("this model takes text, not images\n")
