@@ -218,12 +218,10 @@ def splat_of(objects: Sequence[Gaussians]) -> Any:
 
 def ply_of(result: Result) -> Any:
     """A .ply in memory, y down as other programs expect."""
-    from diff2to3.formats.ply import ply_bytes
+    from diff2to3.formats import FORMATS, encode
     from diff2to3.gaussians.render import EPS2D
-    from diff2to3.gaussians.turn import Y_DOWN, turned
 
-    note = {"frame": "right-handed, y down", "seed": result.seed, "screen_filter": EPS2D}
-    data = ply_bytes(turned(result.gaussians.to("cpu"), torch.tensor(Y_DOWN)), note)
+    data = encode(result.gaussians, FORMATS["ply"], {"seed": result.seed, "screen_filter": EPS2D})
     return Types.File3D(bytesio.BytesIO(data), "ply")
 
 

@@ -12,11 +12,14 @@ import gradio as gr
 from PIL import Image
 
 from diff2to3.errors import InputError
-from diff2to3.formats.ply import write_ply
+from diff2to3.formats import write
+from diff2to3.gaussians.render import EPS2D
 from diff2to3.pipeline import ImageTo3D
 from diff2to3.web.viewer import home_of, seen_picture, viewer_page
 
 MAX_STEPS = 100
+#: Files to download, beside the page.
+KINDS = ("ply", "spz", "glb")
 
 
 def generate(
@@ -46,12 +49,14 @@ def generate(
     page = viewer_page(result.gaussians, name, photo=seen_picture(result), home=home_of(result))
     folder = Path(tempfile.mkdtemp(prefix="diff2to3-"))  # gradio serves downloads from the disk
     (folder / f"{name}.html").write_text(page, encoding="utf-8")
-    write_ply(folder / f"{name}.ply", result.gaussians, {"seed": int(seed)})
+    files = [folder / f"{name}.{kind}" for kind in KINDS]
+    for path in files:
+        write(path, result.gaussians, {"seed": int(seed), "screen_filter": EPS2D})
     inside = html.escape(page)
     frame = (
         f'<iframe title="The result" srcdoc="{inside}" width="100%" height="520" style="border:0"></iframe>'
     )
-    return frame, [str(folder / f"{name}.ply"), str(folder / f"{name}.html")], "; ".join(result.notes)
+    return frame, [str(path) for path in (*files, folder / f"{name}.html")], "; ".join(result.notes)
 
 
 def build(model: ImageTo3D) -> gr.Blocks:

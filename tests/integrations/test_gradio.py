@@ -40,7 +40,7 @@ def test_button(app: ModuleType, tiny: ModuleType, model: ImageTo3D) -> None:
     )
     assert shown.startswith("<iframe") and "&lt;!doctype html&gt;" in shown and notes == ""
     page = html.unescape(shown.split('srcdoc="')[1].split('" width')[0])
-    assert page == Path(files[1]).read_text(encoding="utf-8")
+    assert page == Path(files[-1]).read_text(encoding="utf-8")
     want = model(tiny.photo(0), seed=4).gaussians
     assert len(read_ply(files[0])[0]) == len(want) and read_ply(files[0])[1]["seed"] == 4
     assert {desc for _, desc in told} == {"Shape", "Surface and colour"}
