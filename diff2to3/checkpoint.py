@@ -10,7 +10,6 @@ A *bundle* is a folder of ``model.json`` and one safetensors file a network:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,13 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from diff2to3.errors import InputError
-from diff2to3.files import write_atomic
+from diff2to3.files import file_sha256, write_atomic
+from diff2to3.tensors import read_tensors, save_tensors
 
 MODEL_FILE = "model.json"
 #: Names of the network that encodes condition pictures, and of the one that does so for stage 1 alone.
@@ -74,16 +72,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU; InputError for a missing, truncated or foreign file."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        return safetensors.torch.load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a complete safetensors file: {error}") from error
-
-
 def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], origin: str | Path) -> None:
     """Copy ``tensors`` into ``network``: every name and shape must fit; dtypes become the network's.
 
@@ -109,23 +97,6 @@ def check_fit(network: nn.Module, tensors: Mapping[str, Tensor], origin: str | P
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise InputError(f"{origin}: does not fit the network: {problems[0]}{more}")
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file atomically; returns its SHA-256."""
-    plain = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
-    data = safetensors.torch.save(plain)
-    write_atomic(path, data)
-    return hashlib.sha256(data).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def save_bundle(folder: Path, info: BundleInfo, tensors: Mapping[str, Mapping[str, Tensor]]) -> BundleInfo:

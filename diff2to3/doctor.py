@@ -102,7 +102,7 @@ def collect(*, imports: bool = False) -> list[Check]:
 def system() -> Iterator[Check]:
     section = "system"
     yield Check(section, "diff2to3", OK, f"{diff2to3.__version__} in {Path(diff2to3.__file__).parent}")
-    cpus = f"{build.num_jobs()} of {os.cpu_count()} CPUs usable"
+    cpus = f"{build.available_cpus()} of {os.cpu_count()} CPUs usable"
     yield Check(section, "python", OK, f"{platform.python_version()}, {platform.platform()}, {cpus}")
     yield Check(section, "torch", OK, torch.__version__)
     try:

@@ -4,6 +4,7 @@ part; and text read in whatever Unicode encoding an editor left it."""
 from __future__ import annotations
 
 import codecs
+import hashlib
 import os
 from pathlib import Path
 
@@ -86,3 +87,13 @@ def _recode(data: bytes, encoding: str) -> bytes:
         return data.decode(encoding).encode()
     except UnicodeError as error:
         raise InputError(f"damaged text: its first bytes say {encoding}, and {error}") from None
+
+
+def file_sha256(*paths: Path) -> str:
+    """SHA-256 of a file, or of several in turn, read in pieces."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()

@@ -59,21 +59,57 @@ class Source:
             if not path.is_file():
                 raise InputError(f"{path}: no such file; this model needs it, put it there")
             return path
-        return download(self.name, relative, self.offline)
+        hint = (
+            f"download the repository on a machine with a connection (hf download {self.name} --local-dir FOLDER) "
+            f"and give --model FOLDER, with FOLDER/{relative} in it"
+        )
+        return download(self.name, relative, self.offline, hint)
 
 
-def download(repository: str, relative: str, offline: bool) -> Path:
+def is_local(source: str) -> bool:
+    """Whether ``source`` means a path here rather than a repository (owner/name)."""
+    looks_like_path = source.startswith((".", "/", "~")) or source.endswith(".safetensors")
+    return Path(source).exists() or looks_like_path or source.count("/") != 1
+
+
+def download(
+    repository: str,
+    file: str,
+    offline: bool = False,
+    hint: str = "",
+    extra: str = "flux",
+    *,
+    repo_type: str = "model",
+    folder: Path | None = None,
+) -> Path:
+    """A file of a repository on the Hugging Face hub, in the hub's cache here or under ``folder``.
+
+    Args:
+        offline: only what is cached.
+        hint: what to do where it cannot be had, for the error.
+        extra: of this package, which brings huggingface_hub.
+
+    Raises:
+        InputError: it cannot be had; the message says why.
+        MissingDependencyError: huggingface_hub is not installed.
+    """
     try:
         import huggingface_hub
     except ImportError as error:
-        raise MissingDependencyError("huggingface_hub", "flux") from error
+        raise MissingDependencyError("huggingface_hub", extra) from error
     try:
-        return Path(huggingface_hub.hf_hub_download(repository, relative, local_files_only=offline))
+        return Path(
+            huggingface_hub.hf_hub_download(
+                repository, file, repo_type=repo_type, local_dir=folder, local_files_only=offline
+            )
+        )
     except Exception as error:  # the library's errors have no common base and change between versions
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        where = "is not in the local cache" if offline else "could not be downloaded"
-        raise InputError(
-            f"{repository}: {relative} {where} ({reason}); download the repository on a machine with a connection "
-            f"(hf download {repository} --local-dir FOLDER) and give --model FOLDER, with FOLDER/{relative} in it"
-        ) from error
+        raise InputError(not_found(repository, file, offline, error, hint)) from error
+
+
+def not_found(repository: str, file: str, offline: bool, error: Exception, hint: str = "") -> str:
+    """One line about a file of a repository that could not be had."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    where = "is not in the local cache" if offline else "could not be downloaded"
+    reason = lines[0] if lines else type(error).__name__
+    return f"{repository}: {file} {where} ({reason})" + (f"; {hint}" if hint else "")

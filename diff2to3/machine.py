@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-import math
-import os
 import sys
-from pathlib import Path
 
 import torch
 
-#: The quota of a container: "max 100000" or "200000 100000" (microseconds of CPU time in each period).
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+from diff2to3.errors import InputError
+from diff2to3.kernels.build import available_cpus
 
 
-def available_cpus(quota: Path = CPU_QUOTA) -> int:
-    """CPUs that this process may run on, and, in a container, is granted."""
+def best_device(index: int | None = None, *, mps: bool = True) -> torch.device:
+    """A GPU (number ``index``, round and round where there are fewer), Apple's (with ``mps``), or the CPU."""
+    if torch.cuda.is_available():
+        return (
+            torch.device("cuda") if index is None else torch.device("cuda", index % torch.cuda.device_count())
+        )
+    return torch.device("mps" if mps and torch.backends.mps.is_available() else "cpu")
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device that --device asks for, or the best there is; InputError where it cannot be used here."""
+    if name is None:
+        return best_device()
     try:
-        count = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS, Windows
-        count = os.cpu_count() or 1
-    try:
-        granted, period = quota.read_text().split()
-        return max(1, min(count, math.ceil(int(granted) / int(period))))
-    except (OSError, ValueError):  # no container, or no limit
-        return count
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--device: {name!r} cannot be used here: {reason}") from error
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """ "NVIDIA H200", or the device's type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def limit_threads() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from diff2to3.checkpoint import MODEL_FILE, NetworkEntry, load_strictly, read_tensors
+from diff2to3.checkpoint import MODEL_FILE, NetworkEntry, load_strictly
 from diff2to3.config import config_from_dict
 from diff2to3.errors import InputError
 from diff2to3.flow.config import DiTConfig, LatentDiTConfig, LatentSMDiTConfig, SMDiTConfig
@@ -19,6 +19,7 @@ from diff2to3.flow.efficientnet import EfficientNetConfig, EfficientNetLite
 from diff2to3.flow.smdit import LatentSMDiT, StructureSMDiT
 from diff2to3.photo.encoder import PhotoEncoder, PhotoEncoderConfig
 from diff2to3.photo.occupancy import OccupancyFlow, OccupancyFlowConfig
+from diff2to3.tensors import read_tensors
 from diff2to3.vae.config import DecoderConfig, EncoderConfig, StructureConfig
 from diff2to3.vae.decoder import Decoder
 from diff2to3.vae.encoder import Encoder

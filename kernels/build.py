@@ -24,6 +24,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -125,9 +126,21 @@ def version_of(compiler: str) -> str:
     return next((line for line in lines if "release" in line), lines[0] if lines else "unknown version")
 
 
-def num_jobs() -> int:
-    """CPUs that this process may use (fewer than the machine has, inside a container)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+#: The quota of a container: "max 100000" or "200000 100000" (microseconds of CPU time in each period).
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def available_cpus(quota: Path = CPU_QUOTA) -> int:
+    """CPUs that this process may run on, and, in a container, is granted. The only place that counts them."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        count = os.cpu_count() or 1
+    try:
+        granted, period = quota.read_text().split()
+        return max(1, min(count, math.ceil(int(granted) / int(period))))
+    except (OSError, ValueError):  # no container, or no limit
+        return count
 
 
 # ---- folders of compiled libraries ----
@@ -193,7 +206,7 @@ def new_folder(folder: Path, part: str, compiler: str) -> Iterator[Path]:
 
 def compile_objects(jobs: Sequence[tuple[Sequence[str], Path]]) -> str:
     """Run (command, output) pairs in parallel, each adding ``-o output``; returns everything they printed."""
-    with ThreadPoolExecutor(max_workers=num_jobs()) as pool:
+    with ThreadPoolExecutor(max_workers=available_cpus()) as pool:
         pending = [pool.submit(run, [*command, "-o", str(output)]) for command, output in jobs]
         try:
             return "".join(job.result() for job in pending)

@@ -12,11 +12,10 @@ from diff2to3.checkpoint import (
     check_hashes,
     load_strictly,
     read_bundle,
-    read_tensors,
     save_bundle,
-    save_tensors,
 )
 from diff2to3.errors import InputError
+from diff2to3.tensors import read_tensors, save_tensors
 
 
 def small_bundle(folder):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: What each folder or module may import of the package, besides itself. Every one is listed; a module that is not is an
 #: error.
-BASE = {"types", "errors", "files", "streams", "worker", "hub", "blender", "nn", "kernels"}
+BASE = {"types", "errors", "files", "streams", "tensors", "worker", "hub", "blender", "nn", "kernels"}
 STAGES = {"assets", "views", "voxels", "photo", "vae", "flow", "gaussians", "metrics"}
 SHARED = BASE | STAGES | {"formats", "checkpoint", "config", "machine", "networks"}
 LAYERS: dict[str, set[str]] = {
@@ -24,10 +24,11 @@ LAYERS: dict[str, set[str]] = {
     "files": {"errors"},
     "worker": {"errors"},
     "hub": {"errors", "files"},
+    "tensors": {"errors", "files"},
     "blender": {"types", "errors", "files"},
     "machine": {"errors", "kernels"},
     "nn": {"kernels", "types", "errors", "files"},
-    "checkpoint": {"errors", "files"},
+    "checkpoint": {"errors", "files", "tensors"},
     "config": {"errors", "files"},
     **{stage: BASE for stage in STAGES},
     "networks": BASE | STAGES | {"checkpoint", "config"},
@@ -239,6 +240,26 @@ def missing_names(sources: dict[str, str]) -> list[str]:
                 ):
                     bad.append(f"{module} imports {name}")
     return bad
+
+
+#: What is done in one place → the modules that may.
+ONE_PLACE = {
+    "hf_hub_download": {"diff2to3.hub"},
+    "sched_getaffinity": {"diff2to3.kernels.build"},
+    "cpu_count": {"diff2to3.kernels.build", "diff2to3.doctor"},  # which says how many the machine has, too
+    "load_file": {"diff2to3.tensors"},
+    "backends.mps.is_available": {"diff2to3.machine", "diff2to3.doctor"},
+}
+
+
+def test_what_has_one_place_is_done_there_alone() -> None:
+    for words, places in ONE_PLACE.items():
+        found = {
+            name
+            for name, source in MODULES.items()
+            if words in ast.unparse(ast.parse(source)).replace(f"'{words}'", "")
+        }
+        assert found <= places, (words, found - places)
 
 
 def test_what_is_imported_exists() -> None:

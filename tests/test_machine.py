@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diff2to3 import machine
+from diff2to3.kernels import build
 from diff2to3.machine import available_cpus, limit_threads, peak_memory
 
 
@@ -14,7 +15,7 @@ from diff2to3.machine import available_cpus, limit_threads, peak_memory
     [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 8), ("6400000 100000", 8), ("", 8), (None, 8)],
 )
 def test_a_container_grants_fewer(tmp_path, monkeypatch, content, expected):
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(build.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     if content is not None:
         (tmp_path / "cpu.max").write_text(content)
     assert available_cpus(tmp_path / "cpu.max") == expected

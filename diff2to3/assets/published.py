@@ -36,6 +36,7 @@ from diff2to3.assets.records import AssetRecord, Catalogue, FetchOptions, Outcom
 from diff2to3.assets.source import FileSource, open_zip, safe_member
 from diff2to3.blender import run_script
 from diff2to3.errors import InputError, MissingDependencyError
+from diff2to3.hub import download
 
 TABLE = "metadata.csv"
 _BLEND_SCRIPT = Path(__file__).with_name("blend_script.py")
@@ -266,21 +267,18 @@ def _fetch_abo(
 def _fetch_hssd(
     catalogue: PublishedCatalogue, records: Sequence[AssetRecord], options: FetchOptions
 ) -> Iterator[Outcome]:
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise MissingDependencyError("huggingface_hub", "flux") from None
     for record in records:
         name = safe_member(record.metadata["file_identifier"])
         try:
-            huggingface_hub.hf_hub_download(
-                repo_id="hssd/hssd-models", filename=name, repo_type="dataset", local_dir=str(catalogue.raw)
+            download(
+                "hssd/hssd-models",
+                name,
+                hint=catalogue.published.how,
+                repo_type="dataset",
+                folder=catalogue.raw,
             )
-        except Exception as error:  # the hub's errors share no base class
-            yield (
-                record.id,
-                f"download failed: {str(error).strip().splitlines()[0]}. {catalogue.published.how}",
-            )
+        except InputError as error:
+            yield record.id, str(error)
             continue
         yield record.id, None
 

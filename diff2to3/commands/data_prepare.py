@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diff2to3.errors import InputError
+from diff2to3.machine import available_cpus
 
 if TYPE_CHECKING:
     from diff2to3.data.executors import Executor
@@ -170,15 +169,10 @@ def summary(reports: list[StageReport]) -> str:
 def _executor(args: argparse.Namespace) -> Executor:
     from diff2to3.data.executors import InlineExecutor, LocalExecutor, RayExecutor
 
-    workers = _num_cores() if args.workers is None else args.workers
+    workers = available_cpus() if args.workers is None else args.workers
     if args.executor == "ray":
         return RayExecutor(workers, args.ray_address, args.gpus_per_worker)
     return LocalExecutor(workers) if workers else InlineExecutor()
-
-
-def _num_cores() -> int:
-    count: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
-    return len(count(0)) if count else os.cpu_count() or 1
 
 
 def _part(text: str) -> tuple[int, int]:

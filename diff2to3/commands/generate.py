@@ -29,7 +29,7 @@ from diff2to3.errors import InputError
 from diff2to3.flow.denoise import MULTI_IMAGE_MODES, resampled
 from diff2to3.flow.samplers import SAMPLERS
 from diff2to3.formats import FORMATS, FRAMES, WRITABLE, find_format, format_named
-from diff2to3.machine import limit_threads
+from diff2to3.machine import choose_device, limit_threads
 from diff2to3.pipeline.cutout import METHODS
 from diff2to3.pipeline.index import METADATA, SHEET, ContactSheet, read_json, write_index
 from diff2to3.pipeline.outputs import (
@@ -506,21 +506,6 @@ def expand(path: Path, recursive: bool, out: Path) -> list[Path]:
         deeper = "" if recursive else "; --recursive looks into the folders within"
         raise InputError(f"{path}: no image in this folder{deeper}")
     return sorted(found)
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device asked for, or the best there is."""
-    if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--device: {name!r} cannot be used here: {reason}") from error
-    return device
 
 
 def make_folder(folder: Path) -> None:

@@ -29,6 +29,7 @@ from diff2to3.checkpoint import (
 )
 from diff2to3.errors import InputError
 from diff2to3.hub import EMBEDDED, embedded_models
+from diff2to3.tensors import half_tensors
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def embedded_row(name: str) -> tuple[str, str, str, str]:
 def run_merge(args: argparse.Namespace) -> int:
     info, tensors = merge_bundles(args.bundles, kind=args.kind, replace=args.replace)
     if args.half:
-        tensors = {name: as_half(name, values) for name, values in tensors.items()}
+        tensors = {name: half_tensors(values, name) for name, values in tensors.items()}
     return write_and_report(args.out, info, tensors)
 
 
@@ -126,16 +127,6 @@ def write_and_report(out: Path, info: BundleInfo, tensors: dict[str, dict[str, T
     size = sum((out / entry.file).stat().st_size for entry in info.networks.values())
     print(f"{out}: {info.kind}: {', '.join(info.networks)}; {size / 1e6:.1f} MB")
     return 0
-
-
-def as_half(network: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """float16, where a number is. InputError for numbers that it cannot hold."""
-    found = {}
-    for name, tensor in tensors.items():
-        found[name] = tensor.half() if tensor.is_floating_point() else tensor
-        if tensor.is_floating_point() and not bool(torch.isfinite(found[name]).all()):
-            raise InputError(f"--half: {network}: {name!r} has numbers that float16 cannot hold")
-    return found
 
 
 def write_bundle(folder: Path, info: BundleInfo, tensors: dict[str, dict[str, Tensor]]) -> None:

@@ -18,12 +18,13 @@ import torch
 from diff2to3 import __version__
 from diff2to3.assets import load_mesh
 from diff2to3.assets.load import UP_AXIS
-from diff2to3.commands.generate import choose_device, make_folder
+from diff2to3.commands.generate import make_folder
 from diff2to3.commands.render import DEFAULT_VIEWS, turn
 from diff2to3.errors import InputError
 from diff2to3.files import write_atomic
 from diff2to3.formats import FORMATS, encode
 from diff2to3.gaussians.pictures import check_format, write_frames
+from diff2to3.machine import choose_device
 from diff2to3.pipeline.load import DTYPES
 from diff2to3.pipeline.reconstruct import Reconstruction, Reconstructor
 from diff2to3.views.cameras import CameraConfig, sample_cameras

@@ -17,9 +17,9 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-from diff2to3.commands.generate import DEFAULT_MODEL, DTYPES, choose_device, load
+from diff2to3.commands.generate import DEFAULT_MODEL, DTYPES, load
 from diff2to3.errors import InputError
-from diff2to3.machine import limit_threads
+from diff2to3.machine import choose_device, limit_threads
 from diff2to3.web.guard import MIN_TOKEN, Guard, is_loopback
 from diff2to3.web.server import Server
 from diff2to3.web.service import Limits, Service

@@ -19,16 +19,11 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from diff2to3.checkpoint import (
-    IMAGE_ENCODER,
-    MODEL_FILE,
-    NetworkEntry,
-    file_sha256,
-    read_bundle,
-)
+from diff2to3.checkpoint import IMAGE_ENCODER, MODEL_FILE, NetworkEntry, read_bundle
 from diff2to3.data.schema import DataConfig
 from diff2to3.data.shards import Part
 from diff2to3.errors import InputError
+from diff2to3.files import file_sha256
 from diff2to3.flow.framing import Framing, frame_views
 from diff2to3.types import SparseVoxels, Views
 

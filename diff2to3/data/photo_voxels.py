@@ -20,12 +20,13 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from diff2to3.checkpoint import IMAGE_ENCODER, MODEL_FILE, file_sha256, read_bundle
+from diff2to3.checkpoint import IMAGE_ENCODER, MODEL_FILE, read_bundle
 from diff2to3.config import config_to_dict
 from diff2to3.data.encodings import BundleStage, moments, pack
 from diff2to3.data.pictures import decode_image
 from diff2to3.data.shards import Part
 from diff2to3.errors import InputError
+from diff2to3.files import file_sha256
 from diff2to3.types import SparseVoxels, Views
 from diff2to3.voxels.providers import SURFACE
 

@@ -35,6 +35,7 @@ from diff2to3.data.source import AssetSource
 from diff2to3.data.store import StoredAsset
 from diff2to3.data.variants import is_variant
 from diff2to3.errors import InputError
+from diff2to3.machine import best_device
 from diff2to3.voxels.providers import SURFACE
 
 
@@ -319,7 +320,7 @@ def make_stages(config: DataConfig) -> list[Stage]:
 def _device(name: str, slot: int) -> torch.device:
     """The device of worker ``slot``; several GPUs are dealt in turn."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        return best_device(slot, mps=False)
     if name == "cuda":
         if not torch.cuda.is_available():
             raise InputError("device: cuda was asked for, and there is no GPU")

@@ -24,6 +24,7 @@ from diff2to3.evaluation.subjects import Source
 from diff2to3.evaluation.summary import estimates_of, scores_of, set_estimates
 from diff2to3.evaluation.tables import build_table, markdown
 from diff2to3.files import write_atomic
+from diff2to3.machine import best_device
 from diff2to3.streams import make_usable
 
 WEIGHTS = ("lpips", "inception", "dinov2", "clip")
@@ -41,9 +42,7 @@ class Worker:
         """``auto`` is the GPU of this process's number, or the CPU."""
         if name != "auto":
             return torch.device(name)
-        if torch.cuda.is_available():
-            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
-        return torch.device("cpu")
+        return best_device(self.local_rank, mps=False)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, workers: int = 0) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from diff2to3.checkpoint import MODEL_FILE, file_sha256, read_bundle
+from diff2to3.checkpoint import MODEL_FILE, read_bundle
 from diff2to3.errors import InputError
 from diff2to3.evaluation.shapes import shape_of_gaussians
 from diff2to3.evaluation.subjects import Made, ObjectSource, Subject
+from diff2to3.files import file_sha256
 from diff2to3.flow.denoise import resampled
 from diff2to3.hub import EMBEDDED, Source, embedded_models
 from diff2to3.metrics.geometry import voxel_iou

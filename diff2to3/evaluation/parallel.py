@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from diff2to3.errors import InputError
 from diff2to3.evaluation.runs import RunFolder
+from diff2to3.machine import available_cpus
 from diff2to3.worker import LimitedWorker, WorkerError
 
 #: (shared context, item) -> plain values. A module-level function: it is sent to the children by name.
@@ -30,11 +31,7 @@ SECONDS = 600.0
 
 def default_workers() -> int:
     """The processors that this process may use, at most eight."""
-    try:
-        count = len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        count = os.cpu_count() or 1
-    return max(1, min(count, 8))
+    return min(available_cpus(), 8)
 
 
 def check_output(path: Path) -> None:

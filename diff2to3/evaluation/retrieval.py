@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from diff2to3.assets import AssetRecord, FileSource, load_asset
@@ -31,6 +31,7 @@ from diff2to3.evaluation.shapes import shape_of_mesh
 from diff2to3.evaluation.subjects import Pictures, Source, Subject, Words
 from diff2to3.files import write_atomic
 from diff2to3.flow.framing import Framing, frame_views
+from diff2to3.tensors import read_tensors
 from diff2to3.views import generator_for, make_renderer, sample_cameras
 from diff2to3.voxels.providers import FeatureProvider, build_provider
 
@@ -118,7 +119,7 @@ def build_index(
     known = [record.id for record in records if files[record.id].is_file()]
     if not known:
         raise InputError("--train-assets: no asset could be read")
-    tensors = {name: load_file(files[name])["descriptors"] for name in known}
+    tensors = {name: read_tensors(files[name])["descriptors"] for name in known}
     stacked = torch.stack([tensors[name] for name in known])
     names = torch.frombuffer(bytearray("\n".join(known).encode()), dtype=torch.uint8)
     write_atomic(path, save({"descriptors": stacked, "ids": names}))
@@ -128,7 +129,7 @@ def build_index(
 @lru_cache(maxsize=1)
 def load_index(path: str) -> Index:
     """An index file, once a process."""
-    held = load_file(path)
+    held = read_tensors(Path(path))
     ids = bytes(held["ids"].tolist()).decode().split("\n")
     return Index(tuple(ids), held["descriptors"])
 

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from diff2to3.errors import InputError
 from diff2to3.files import write_atomic
+from diff2to3.tensors import read_tensors
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ class RunFolder:
         """(ours, truth), [V, C] each."""
         path = self._features(asset_id, method)
         try:
-            held = load_file(path)
+            held = read_tensors(path)
             return held[f"{extractor}.a"], held[f"{extractor}.b"]
-        except (OSError, SafetensorError, KeyError) as error:
+        except (InputError, KeyError) as error:
             raise InputError(
                 f"{path}: features of {asset_id} cannot be read ({error}); remove the folder"
             ) from error

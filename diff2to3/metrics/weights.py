@@ -7,14 +7,16 @@ Hugging Face hub. Nothing is unpickled here; published ``.pth`` files are turned
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from torch import Tensor
 
-from diff2to3.errors import InputError, MissingDependencyError
+from diff2to3.errors import InputError
+from diff2to3.files import file_sha256
+from diff2to3.hub import download
+from diff2to3.tensors import read_tensors
 
 
 @dataclass(frozen=True)
@@ -42,29 +44,18 @@ class WeightsRecord:
 
 def record(name: str, source: str, file: Path, package: str) -> WeightsRecord:
     """The record of ``file``; ``package`` is whose version counts."""
-    return WeightsRecord(name, source, sha256_of(file), f"{package} {_version(package)}")
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+    return WeightsRecord(name, source, file_sha256(file), f"{package} {_version(package)}")
 
 
 def read_safetensors(path: str | Path, what: str, advice: str) -> dict[str, Tensor]:
     """Tensors by name. InputError, in one line with ``advice``, where the file is missing or not safetensors."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = Path(path).expanduser()
     if not path.is_file():
         raise InputError(f"{what}: no file {path}; {advice}")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{what}: {path} is not a readable safetensors file ({error}); {advice}") from error
+        return read_tensors(path)
+    except InputError as error:
+        raise InputError(f"{what}: {error}; {advice}") from error
 
 
 def transformers_folder(name: str, source: str, offline: bool) -> Path:
@@ -83,17 +74,10 @@ def transformers_folder(name: str, source: str, offline: bool) -> Path:
         return folder
     if source.startswith((".", "/", "~")):
         raise InputError(f"{name}: no folder {source}; {advice.format('REPOSITORY')}")
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise MissingDependencyError("huggingface_hub", "eval") from error
-    files = []
-    for needed in ("config.json", "model.safetensors"):
-        try:
-            files.append(Path(huggingface_hub.hf_hub_download(source, needed, local_files_only=offline)))
-        except Exception as error:  # the library's errors have no common base and change between versions
-            where = "is not in the local cache" if offline else "could not be downloaded"
-            raise InputError(f"{name}: {source}/{needed} {where}; {advice.format(source)}") from error
+    hint = advice.format(source)
+    files = [
+        download(source, needed, offline, hint, "eval") for needed in ("config.json", "model.safetensors")
+    ]
     return files[0].parent
 
 

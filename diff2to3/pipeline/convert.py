@@ -9,17 +9,10 @@ from typing import Any
 
 import torch
 
-from diff2to3.checkpoint import (
-    BundleInfo,
-    NetworkEntry,
-    check_fit,
-    check_hashes,
-    file_sha256,
-    read_tensors,
-    save_bundle,
-)
+from diff2to3.checkpoint import BundleInfo, NetworkEntry, check_fit, check_hashes, save_bundle
 from diff2to3.config import config_to_dict
 from diff2to3.errors import InputError
+from diff2to3.files import file_sha256
 from diff2to3.flow.denoise import StageSettings
 from diff2to3.hub import Source
 from diff2to3.pipeline.load import (
@@ -31,6 +24,7 @@ from diff2to3.pipeline.load import (
     trellis_files,
 )
 from diff2to3.pipeline.upstream import NETWORKS, build_network, wants_half
+from diff2to3.tensors import read_tensors
 
 #: Networks that pipeline.json does not name, by class: they come along where their files lie in ckpts/.
 EXTRA_CLASSES = {"SLatEncoder": "encoder", "SparseStructureEncoder": "structure_encoder"}

@@ -22,9 +22,9 @@ from typing import Any
 
 from torch import Tensor
 
-from diff2to3.checkpoint import file_sha256, read_json
+from diff2to3.checkpoint import read_json
 from diff2to3.errors import InputError
-from diff2to3.files import sync_folder, write_atomic
+from diff2to3.files import file_sha256, sync_folder, write_atomic
 from diff2to3.training import distributed
 from diff2to3.training.distributed import World
 

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from diff2to3.errors import InputError
+from diff2to3.machine import best_device
 
 #: Long enough for rank 0 to validate, or all to write a checkpoint, while the others wait.
 _PATIENCE = datetime.timedelta(hours=2)
@@ -51,18 +52,6 @@ class World:
         return self.rank == 0
 
 
-def best_device() -> str:
-    """cuda, mps or cpu: the first that this machine has."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def device_name(device: torch.device) -> str:
-    """ "NVIDIA H200", or the device's type."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 @contextmanager
 def joined(device: str | None, timeout: float = 10.0) -> Iterator[World]:
     """The world of this process: joined on entering, left on leaving.
@@ -70,7 +59,7 @@ def joined(device: str | None, timeout: float = 10.0) -> Iterator[World]:
     timeout  minutes that a process waits for another within a step, over NCCL and gloo alike: a process that hangs
              ends the run after that. Only :func:`wait_for_all` and checkpoints have longer.
     """
-    kind = device or best_device()
+    kind = device or best_device().type
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     place = torch.device(kind if kind != "cuda" else f"cuda:{local_rank}")
     if place.type == "cuda":

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from diff2to3.checkpoint import save_tensors
 from diff2to3.files import write_atomic
+from diff2to3.tensors import save_tensors
 from diff2to3.training.batches import tensors_in
 from diff2to3.training.state import TrainState
 

@@ -12,9 +12,10 @@ import torch
 import yaml
 from torch import nn
 
-from diff2to3.checkpoint import MODEL_FILE, load_strictly, read_bundle, read_tensors
+from diff2to3.checkpoint import MODEL_FILE, load_strictly, read_bundle
 from diff2to3.config import config_to_dict
 from diff2to3.errors import InputError
+from diff2to3.tensors import read_tensors
 from diff2to3.training import distributed
 from diff2to3.training.checkpoints import Checkpoints, verified
 from diff2to3.training.distributed import World

@@ -22,6 +22,7 @@ from torch import nn
 from diff2to3.config import config_to_dict, load_config, save_config
 from diff2to3.errors import InputError, MissingDependencyError
 from diff2to3.kernels.library import library_for
+from diff2to3.machine import device_name
 from diff2to3.streams import make_usable
 from diff2to3.training import activations, distributed, estimate, resume
 from diff2to3.training.checkpoints import CheckpointError, Checkpoints
@@ -222,7 +223,7 @@ def note_start(
             "processes": world.size,
             "parts": parts,
             "parameters": sum(value.numel() for value in state.trained().values()),
-            "device": distributed.device_name(world.device),
+            "device": device_name(world.device),
             "torch": torch.__version__,
         },
     )

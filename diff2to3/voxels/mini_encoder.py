@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diff2to3.errors import InputError
+from diff2to3.tensors import read_tensors
 
 #: The weights that come with the package.
 WEIGHTS = Path(__file__).resolve().parents[1] / "bundles" / "mini" / "image_encoder.safetensors"
@@ -113,14 +114,9 @@ def load_mini_encoder(path: Path | None = None) -> MiniEncoder:
     Raises:
         InputError: the file is missing, unreadable, or holds another network.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = path or WEIGHTS
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    state = read_tensors(path)
     try:
-        state = load_file(path)
         config = MiniEncoderConfig(
             fine_width=len(state["stem.weight"]),
             num_fine=sum(name.startswith("fine.") for name in state) // 4,
@@ -130,8 +126,6 @@ def load_mini_encoder(path: Path | None = None) -> MiniEncoder:
         )
         encoder = MiniEncoder(config)
         encoder.load_state_dict(state)
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file: {error}") from error
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{path}: not a MiniEncoder: {error}") from error
     return encoder.eval().requires_grad_(False)

@@ -19,7 +19,6 @@ LayerNorm, as TRELLIS uses them for its voxels.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diff2to3.errors import InputError, MissingDependencyError
+from diff2to3.files import file_sha256
+from diff2to3.hub import download, is_local, not_found
 from diff2to3.voxels.mini_encoder import WEIGHTS as MINI_WEIGHTS
 from diff2to3.voxels.mini_encoder import MiniEncoder, load_mini_encoder
 from diff2to3.voxels.taesd import load_taesd
@@ -285,15 +286,9 @@ def _import(package: str) -> Any:
         raise MissingDependencyError(package, "flux") from error
 
 
-def _is_local(source: str) -> bool:
-    """Whether ``source`` means a path here rather than a hub name (owner/name)."""
-    looks_like_path = source.startswith((".", "/", "~")) or source.endswith(".safetensors")
-    return Path(source).exists() or looks_like_path or source.count("/") != 1
-
-
 def _find_file(source: str, filename: str, offline: bool) -> Path:
     """The local file for a path, a folder that holds ``filename``, or a hub name."""
-    if _is_local(source):
+    if is_local(source):
         path = Path(source).expanduser()
         path = path / filename if path.is_dir() else path
         if not path.is_file():
@@ -301,18 +296,14 @@ def _find_file(source: str, filename: str, offline: bool) -> Path:
                 f"{path}: no such file; give the weights' file or folder, or a hub name (owner/name)"
             )
         return path
-    hub = _import("huggingface_hub")
-    try:
-        return Path(hub.hf_hub_download(source, filename, local_files_only=offline))
-    except (OSError, ValueError) as error:  # hub errors are OSErrors; a malformed name is a ValueError
-        raise InputError(_not_found(source, filename, offline, error)) from error
+    return download(source, filename, offline, _hint(source, filename))
 
 
 def _from_pretrained(cls: Any, source: str, offline: bool, subfolder: str = "") -> Any:
     """``cls.from_pretrained`` of safetensors only, from a local folder (with or without ``subfolder``) or the
     hub."""
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": offline}
-    if _is_local(source):
+    if is_local(source):
         folder = Path(source).expanduser()
         folder = folder / subfolder if (folder / subfolder / "config.json").is_file() else folder
         if not (folder / "config.json").is_file():
@@ -328,16 +319,13 @@ def _from_pretrained(cls: Any, source: str, offline: bool, subfolder: str = "") 
         return cls.from_pretrained(source, **options).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         missing = f"{subfolder}/*.safetensors" if subfolder else "*.safetensors"
-        raise InputError(_not_found(source, missing, offline, error)) from error
+        raise InputError(not_found(source, missing, offline, error, _hint(source, missing))) from error
 
 
-def _not_found(source: str, filename: str, offline: bool, error: Exception) -> str:
-    reason = str(error).strip().splitlines()
-    where = "is not in the local cache and offline is set" if offline else "could not be fetched"
+def _hint(source: str, filename: str) -> str:
     folder, _, pattern = filename.rpartition("/")
     fetch = f"--include '{folder}/*'" if folder else "" if "*" in pattern else pattern
     return (
-        f"{source}: {filename} {where} ({reason[0] if reason else type(error).__name__}); "
         "give a local path as weights, or fetch it on a machine with a connection: "
         + f"hf download {source} {fetch}".rstrip()
     )
@@ -350,15 +338,11 @@ def weights_fingerprint(weights: str | None, provider: str | None = None) -> str
     """
     if weights is None and provider == "mini":
         weights = str(MINI_WEIGHTS)
-    if weights is None or not _is_local(weights):
+    if weights is None or not is_local(weights):
         return weights or "published"
     path = Path(weights).expanduser()
     files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
-    digest = hashlib.sha256()
     for file in files:
         if not file.is_file():
             raise InputError(f"{file}: no such file")
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return f"sha256:{digest.hexdigest()}"
+    return f"sha256:{file_sha256(*files)}"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diff2to3.errors import InputError
+from diff2to3.tensors import read_tensors
 
 WIDTH = 64
 
@@ -85,7 +86,7 @@ def load_taesd(path: Path, part: str = "encoder") -> nn.Sequential:
     Raises:
         InputError: the file is missing, unreadable, or holds another network.
     """
-    state = _read(path)
+    state = read_tensors(path)
     if any(".layers." in name for name in state):
         state = {_plain_name(n): t for n, t in state.items() if n.startswith(f"{part}.layers.")}
     elif any(name.startswith(("encoder.", "decoder.")) for name in state):
@@ -102,18 +103,6 @@ def load_taesd(path: Path, part: str = "encoder") -> nn.Sequential:
     except RuntimeError as error:
         raise InputError(f"{path}: not a TAESD {part}: {error}") from error
     return module.eval().requires_grad_(False)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file: {error}") from error
 
 
 def _plain_name(name: str) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diff2to3.checkpoint import BundleInfo, NetworkEntry, check_hashes, read_bundle, read_tensors, save_bundle
+from diff2to3.checkpoint import BundleInfo, NetworkEntry, check_hashes, read_bundle, save_bundle
 from diff2to3.cli import main
+from diff2to3.tensors import read_tensors
 
 
 def bundle(folder: Path, kind: str, networks: dict[str, float], settings: dict) -> Path:

@@ -26,7 +26,7 @@ def compile_emulated(folder: Path, sources: Sequence[Path] = (), extra: Sequence
         [compiler, *FLAGS, *extra, *include, "-x", "c++", "-c", str(source), "-o", str(output)]
         for source, output in zip(sources, objects, strict=True)
     ]
-    with ThreadPoolExecutor(max_workers=build.num_jobs()) as pool:
+    with ThreadPoolExecutor(max_workers=build.available_cpus()) as pool:
         list(pool.map(build.run, commands))
     file = folder / f"emulated{build.library_suffix()}"
     build.run([compiler, "-shared", *extra, *map(str, objects), "-o", str(file)])

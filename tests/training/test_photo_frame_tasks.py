@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diff2to3.checkpoint import BundleInfo, NetworkEntry, read_bundle, read_tensors, save_bundle
+from diff2to3.checkpoint import BundleInfo, NetworkEntry, read_bundle, save_bundle
 from diff2to3.config import config_from_dict
 from diff2to3.data.executors import InlineExecutor
 from diff2to3.data.loader import TrainLoader
@@ -16,6 +16,7 @@ from diff2to3.data.schema import DataConfig
 from diff2to3.data.store import AssetStore
 from diff2to3.errors import InputError
 from diff2to3.flow.efficientnet import EfficientNetConfig, EfficientNetLite
+from diff2to3.tensors import read_tensors
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.photo_latents import PhotoLatentRunConfig, PhotoLatentTask
 from diff2to3.training.tasks.photo_vae import PhotoVaeRunConfig, PhotoVaeTask

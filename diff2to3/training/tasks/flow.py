@@ -31,6 +31,7 @@ from diff2to3.flow.networks import FlowConfig, build_network, predict, see, velo
 from diff2to3.flow.normalization import Normalization, Statistics
 from diff2to3.flow.samplers import SAMPLERS, guided, timesteps
 from diff2to3.flow.tokens import ImageTokens
+from diff2to3.tensors import half_tensors
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.flow_augment import AugmentConfig
@@ -353,8 +354,7 @@ class FlowTask:
             "samplers": {"structure" if structure else "latent": config_to_dict(self.config.sampling)},
         }
         info = BundleInfo("flow", {name: entry}, settings, license="MIT", source="trained by train/flow.py")
-        state = {key: value.half() for key, value in network.state_dict().items()}
-        save_bundle(folder, info, {name: state})
+        save_bundle(folder, info, {name: half_tensors(network.state_dict(), name)})
 
     def condition(self) -> dict[str, Any]:
         """How the condition pictures were framed: generation does the same to photos."""

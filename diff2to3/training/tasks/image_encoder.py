@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from diff2to3.checkpoint import BundleInfo, NetworkEntry, save_bundle
 from diff2to3.config import MISSING
 from diff2to3.errors import InputError
+from diff2to3.tensors import half_tensors
 from diff2to3.training.config import TrainConfig
 from diff2to3.voxels.mini_encoder import STRIDE, MiniEncoder, MiniEncoderConfig
 from diff2to3.voxels.providers import build_provider, weights_fingerprint
@@ -316,5 +317,4 @@ def bundle_part(encoder: MiniEncoder) -> tuple[BundleInfo, dict[str, dict[str, T
     entry = NetworkEntry("MiniEncoder", asdict(encoder.config), "image_encoder.safetensors")
     source = "distilled from TAEF2 (madebyollin/taef2, MIT)"
     info = BundleInfo("image-encoder", {"image_encoder": entry}, license="MIT", source=source)
-    tensors = {name: value.to(torch.float16) for name, value in encoder.state_dict().items()}
-    return info, {"image_encoder": tensors}
+    return info, {"image_encoder": half_tensors(encoder.state_dict(), "image_encoder")}

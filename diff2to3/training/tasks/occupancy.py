@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diff2to3.checkpoint import BundleInfo, NetworkEntry, read_bundle, read_tensors, save_bundle
+from diff2to3.checkpoint import BundleInfo, NetworkEntry, read_bundle, save_bundle
 from diff2to3.config import MISSING
 from diff2to3.data.loader import LoaderConfig, TrainLoader
 from diff2to3.data.store import AssetStore
 from diff2to3.errors import InputError
 from diff2to3.photo.encoder import PhotoEncoder, PhotoEncoderConfig, PhotoMaps, camera_loss, depth_loss
 from diff2to3.photo.occupancy import OccupancyFlow, OccupancyFlowConfig
+from diff2to3.tensors import half_tensors, read_tensors
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
 
@@ -346,7 +347,7 @@ class OccupancyTask:
             networks[name] = NetworkEntry(
                 type(network).__name__, asdict(network.config), f"{name}.safetensors"
             )
-            tensors[name] = {key: value.to(torch.float16) for key, value in network.state_dict().items()}
+            tensors[name] = half_tensors(network.state_dict(), name)
         settings = {"frame": "photo", "map_deviations": [float(value) for value in module.deviations]}
         save_bundle(
             folder, BundleInfo("occupancy", networks, settings, license="MIT AND Apache-2.0"), tensors

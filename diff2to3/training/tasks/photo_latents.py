@@ -18,14 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diff2to3.checkpoint import (
-    IMAGE_ENCODER,
-    BundleInfo,
-    NetworkEntry,
-    read_bundle,
-    read_tensors,
-    save_bundle,
-)
+from diff2to3.checkpoint import IMAGE_ENCODER, BundleInfo, NetworkEntry, read_bundle, save_bundle
 from diff2to3.config import MISSING, config_to_dict
 from diff2to3.data.encodings import statistics
 from diff2to3.data.loader import LoaderConfig, TrainLoader
@@ -35,6 +28,7 @@ from diff2to3.flow.config import LatentSMDiTConfig
 from diff2to3.flow.matching import noised, squared_error, target_velocity
 from diff2to3.flow.smdit import LatentSMDiT
 from diff2to3.flow.tokens import ImageTokens
+from diff2to3.tensors import half_tensors, read_tensors
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
 from diff2to3.types import SparseVoxels
@@ -264,7 +258,7 @@ class PhotoLatentTask:
             IMAGE_ENCODER: replace(entry, file=f"{IMAGE_ENCODER}.safetensors"),
         }
         tensors = {
-            "latent_flow": {key: value.half() for key, value in objective.network.state_dict().items()},
+            "latent_flow": half_tensors(objective.network.state_dict(), "latent_flow"),
             IMAGE_ENCODER: read_tensors(place / entry.file),
         }
         settings = {"frame": "photo", **objective.known}

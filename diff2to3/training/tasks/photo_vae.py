@@ -22,6 +22,7 @@ from diff2to3.data.loader import LoaderConfig, TrainLoader
 from diff2to3.data.store import AssetStore
 from diff2to3.errors import InputError
 from diff2to3.metrics.pairs import pair_values
+from diff2to3.tensors import half_tensors
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.vae import DataConfig, StartConfig, on_white
@@ -224,7 +225,7 @@ class PhotoVaeTask:
         }
         info = BundleInfo("vae", networks, settings, license="MIT", source="trained by train/photo_vae.py")
         halves = {
-            name: {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
+            name: half_tensors(network.state_dict(), name)
             for name, network in (("encoder", encoder), ("decoder", decoder))
         }
         save_bundle(folder, info, halves)

@@ -18,6 +18,7 @@ from diff2to3.config import MISSING
 from diff2to3.data.loader import LoaderConfig, TrainLoader
 from diff2to3.data.store import AssetStore, occupancy
 from diff2to3.errors import InputError
+from diff2to3.tensors import half_tensors
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
 from diff2to3.vae.config import StructureConfig
@@ -184,10 +185,7 @@ class StructureVaeTask:
             name: NetworkEntry(type(half).__name__, asdict(half.config), f"{name}.safetensors")  # type: ignore
             for name, half in halves.items()
         }
-        tensors = {
-            name: {key: value.to(torch.float16) for key, value in half.state_dict().items()}  # type: ignore
-            for name, half in halves.items()
-        }
+        tensors = {name: half_tensors(half.state_dict(), name) for name, half in halves.items()}
         save_bundle(folder, BundleInfo("structure-vae", networks, settings, license="MIT"), tensors)
 
 

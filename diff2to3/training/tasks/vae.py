@@ -19,6 +19,7 @@ from diff2to3.errors import InputError
 from diff2to3.gaussians.render import render_pictures
 from diff2to3.metrics.lpips import Lpips
 from diff2to3.metrics.pairs import pair_values
+from diff2to3.tensors import half_tensors
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.vae_objective import VaeLossConfig, VaeObjective
@@ -218,10 +219,7 @@ class VaeTask:
         }
         settings = {"latents": self.latent_statistics(objective), **self.data_settings()}
         info = BundleInfo("vae", entries, settings, license="MIT", source="trained by train/vae.py")
-        states = {n: getattr(objective, n).state_dict() for n in entries}
-        halves = {
-            n: {k: v.half() if v.is_floating_point() else v for k, v in s.items()} for n, s in states.items()
-        }
+        halves = {name: half_tensors(getattr(objective, name).state_dict(), name) for name in entries}
         save_bundle(folder, info, halves)
 
     @torch.no_grad()

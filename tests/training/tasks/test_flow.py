@@ -8,12 +8,13 @@ import pytest
 import torch
 from flow_runs import arguments, task_for
 
-from diff2to3.checkpoint import load_strictly, read_bundle, read_tensors
+from diff2to3.checkpoint import load_strictly, read_bundle
 from diff2to3.config import config_from_dict, load_config
 from diff2to3.flow.networks import NETWORKS
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.gaussians.render import render
 from diff2to3.metrics.image import ssim
+from diff2to3.tensors import read_tensors
 from diff2to3.training.run import main
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.flow import FlowRunConfig, flow_task

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diff2to3.checkpoint import load_strictly, read_bundle, read_tensors
+from diff2to3.checkpoint import load_strictly, read_bundle
 from diff2to3.config import config_from_dict, load_config
+from diff2to3.tensors import read_tensors
 from diff2to3.training.task import Randomness, seeded
 from diff2to3.training.tasks.structure_vae import (
     StructureLossConfig,
