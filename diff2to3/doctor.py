@@ -80,6 +80,8 @@ PACKAGES = (
     Package("objaverse", "Objaverse-XL downloads", extra("data")),
     Package("DracoPy", "compressed glTF", extra("data")),
     Package("meshoptimizer", "compressed glTF", extra("data")),
+    Package("pi_heif", "HEIC photos", extra("photos"), ("pi-heif",)),
+    Package("zstandard", "version 4 of .spz files", "pip install zstandard"),
     Package("ray", "preparing data on a cluster", 'pip install "ray[default]"'),
     Package("huggingface_hub", "downloads of models", extra("flux"), ("huggingface-hub",)),
     Package("rembg", "background removal", extra("photos")),

@@ -102,7 +102,7 @@ def test_sizes_are_told_from_the_file(tmp_path: Path) -> None:
 def test_foreign_files_are_named(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10")
-    for name, words in (("other", "not a MiniEncoder"), ("cut", "not a readable"), ("none", "no such file")):
+    for name, words in (("other", "not a MiniEncoder"), ("cut", "not a complete"), ("none", "no such file")):
         with pytest.raises(InputError, match=f"{name}.*{words}"):
             load_mini_encoder(tmp_path / f"{name}.safetensors")
 

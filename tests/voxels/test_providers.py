@@ -92,7 +92,7 @@ class TestTaef1:
         with pytest.raises(InputError, match=r"3\.conv\.0\.bias"):
             build_provider("taef1", str(path))
         path.write_bytes(b"not safetensors")
-        with pytest.raises(InputError, match=r"x\.safetensors: not a readable"):
+        with pytest.raises(InputError, match=r"x\.safetensors: not a complete"):
             build_provider("taef1", str(path))
 
 
