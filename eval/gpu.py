@@ -139,8 +139,8 @@ def all_steps(steps: Steps, args: argparse.Namespace, folder: Path) -> list[dict
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", device]
     steps.run("checks", 200, [*pytest, "tests/gpu"])
     if device == "cuda":
-        steps.run("more checks", 90, [*pytest, "-m", "cuda", "tests/test_attention.py", "tests/test_sparse_layers.py",
-                                      "tests/test_items.py"])  # fmt: skip
+        others = [f"tests/nn/test_{name}.py" for name in ("attention", "sparse_layers", "items")]
+        steps.run("more checks", 90, [*pytest, "-m", "cuda", *others])
     rows: list[dict[str, Any]] = []
     for name, seconds in (("raster", 110), ("vae", 60), ("denoiser", 130), ("sparse", 60)):
         out = folder / f"{name}.json"

@@ -14,13 +14,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import define_op
+from .library import constant_to_compile, define_op
 from .neighbors import NeighborPlan
 from .patchify import PatchPlan, check_feats, choose
-from .sparse_products import gather_conv, row_sum, slot_conv, weight_grad
+from .sparse_products import gather_conv, on_cuda_kernels, row_sum, slot_conv, weight_grad
 
-#: Default bound in bytes on gathered columns (CUDA only: the CPU kernels need well under 1 MiB a thread).
-WORKSPACE = 128 << 20
+#: Least and most default bound in bytes on gathered columns, and the share of a GPU's memory in between. (The CPU
+#: kernels need well under 1 MiB a thread.)
+LEAST_WORKSPACE, MOST_WORKSPACE, MEMORY_SHARE = 128 << 20, 2 << 30, 64
 
 
 def submanifold_conv(
@@ -29,7 +30,7 @@ def submanifold_conv(
     bias: Tensor | None,
     plan: NeighborPlan,
     *,
-    workspace: int = WORKSPACE,
+    workspace: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Submanifold convolution: out[n] = bias + Σ_k W_k · feats at coords[n] + offsets[k], where active.
@@ -42,7 +43,7 @@ def submanifold_conv(
         weight: [Cout, k, k, k, Cin], taps in the order x, y, z; [Cout, 7, Cin] for the ``cross`` kernel.
         bias: [Cout] or None.
         plan: neighbors of the same N voxels.
-        workspace: bound in bytes on the rows gathered at a time on a GPU.
+        workspace: bound in bytes on the rows gathered at a time on a GPU; None for a 64th of its memory.
         backend: ``auto``, ``native`` or ``reference`` (library.py).
 
     Raises:
@@ -52,7 +53,15 @@ def submanifold_conv(
     feats, weight, bias = autocast(feats, weight, bias)
     flat = check_weights(feats, weight, bias, plan.num_taps)
     return sparse_conv(
-        feats, flat, bias, plan.table, None, None, "submanifold", workspace, choose(backend, feats)
+        feats,
+        flat,
+        bias,
+        plan.table,
+        None,
+        None,
+        "submanifold",
+        workspace_of(feats.device, workspace),
+        choose(backend, feats),
     )
 
 
@@ -62,7 +71,7 @@ def patch_conv(
     bias: Tensor | None,
     plan: PatchPlan,
     *,
-    workspace: int = WORKSPACE,
+    workspace: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Weighted patchify, a convolution of size and stride p: out[m] = bias + Σ over voxels W_slot · feats.
@@ -73,7 +82,9 @@ def patch_conv(
     feats, weight, bias = autocast(feats, weight, bias)
     flat = check_weights(feats, weight, bias, plan.num_slots)
     tables = (plan.children, plan.parents, plan.slots)
-    return sparse_conv(feats, flat, bias, *tables, "patch", workspace, choose(backend, feats))
+    return sparse_conv(
+        feats, flat, bias, *tables, "patch", workspace_of(feats.device, workspace), choose(backend, feats)
+    )
 
 
 def unpatch_conv(
@@ -82,7 +93,7 @@ def unpatch_conv(
     bias: Tensor | None,
     plan: PatchPlan,
     *,
-    workspace: int = WORKSPACE,
+    workspace: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Weighted unpatchify, the transposed convolution: out[n] = bias + W_slots[n] · feats[parents[n]].
@@ -93,7 +104,18 @@ def unpatch_conv(
     feats, weight, bias = autocast(feats, weight, bias)
     flat = check_weights(feats, weight, bias, plan.num_slots)
     tables = (plan.children, plan.parents, plan.slots)
-    return sparse_conv(feats, flat, bias, *tables, "unpatch", workspace, choose(backend, feats))
+    return sparse_conv(
+        feats, flat, bias, *tables, "unpatch", workspace_of(feats.device, workspace), choose(backend, feats)
+    )
+
+
+@constant_to_compile
+def workspace_of(device: torch.device, asked: int | None) -> int:
+    """The bound asked for, or what the device's memory allows: larger pieces make larger, faster products."""
+    if asked is not None or device.type != "cuda":
+        return LEAST_WORKSPACE if asked is None else asked
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return min(max(memory // MEMORY_SHARE, LEAST_WORKSPACE), MOST_WORKSPACE)
 
 
 def autocast(feats: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -162,11 +184,18 @@ def sparse_conv_backward(  # type: ignore[no-untyped-def]
         v_feats = gather_conv(v_out, weight, None, table, False, True, *settings)
     if needed[1] and kind == "unpatch":
         v_weight = weight_grad(v_out, feats, table, *settings).transpose(0, 2).contiguous()
+    elif needed[1] and kind == "submanifold" and gathers_gradient(feats, v_out, backend):
+        v_weight = weight_grad(v_out, feats, table, *settings).flip(1).transpose(0, 2).contiguous()
     elif needed[1]:
         v_weight = weight_grad(feats, v_out, table, *settings)
     if needed[2]:
         v_bias = row_sum(v_out, backend)
     return v_feats, v_weight, v_bias
+
+
+def gathers_gradient(feats: Tensor, v_out: Tensor, backend: str) -> bool:
+    """Whether a GPU gathers rows of v_out, by the opposite taps, in place of the much wider ones of feats."""
+    return 2 * v_out.shape[1] <= feats.shape[1] and on_cuda_kernels(feats, backend)
 
 
 @torch.library.register_fake("diff2to3::sparse_conv")

@@ -4,9 +4,11 @@
     native, CPU     csrc/cpu/sparse_conv.cpp: products over the pairs of rows that exist, read and added to
                     where they lie
     native, CUDA    the rows of a chunk of outputs gathered into columns (csrc/cuda/sparse_gather.cu), then
-                    one matrix product of torch's per chunk; ``workspace`` bounds the columns
+                    one matrix product of torch's per chunk; where the output is much narrower, the products
+                    with all taps first and their rows gathered and added; ``workspace`` bounds both
 
-Half types are computed in float32 and rounded once, except on CUDA, where torch's products do the same.
+Half types are computed in float32 and rounded once, except on CUDA: torch's products do the same there, but those that
+come first are rounded before they are added, in float32.
 """
 
 from __future__ import annotations
@@ -47,6 +49,9 @@ def gather_conv(
     if on_cuda_kernels(feats, backend):
         ordered = weight.flip(1) if mirrored else weight
         matrix = ordered.permute(1, 0, 2) if transposed else ordered.permute(1, 2, 0)
+        if product_first(len(feats), num_out, cin, cout):
+            out = products_then_rows(feats, matrix, table, workspace).to(feats.dtype)
+            return out if bias is None else out.add_(bias)
         matrix = matrix.reshape(taps * cin, cout)
         for start, size in chunks(num_out, taps * cin * feats.element_size(), workspace):
             columns = feats.new_empty(size, taps * cin)
@@ -58,6 +63,34 @@ def gather_conv(
         mirrored, transposed, device=feats.device,
     )  # fmt: skip
     return out
+
+
+def product_first(num_in: int, num_out: int, cin: int, cout: int) -> bool:
+    """Whether to multiply before gathering: as many products where there are no more inputs than outputs, and the
+    gathered rows, whose traffic bounds the time, are at most half as wide.
+    """
+    return 2 * cout <= cin and num_in <= num_out
+
+
+def products_then_rows(feats: Tensor, matrices: Tensor, table: Tensor, workspace: int) -> Tensor:
+    """out[o] = Σ_k (feats · matrices[k])[table[k, o]]: matrices [K, Cin, Cout] -> [num_out, Cout], float32 or better.
+
+    As many taps at a time as ``workspace`` holds the products and the gathered rows of; always in the same order.
+    """
+    (taps, num_out), cout = table.shape, matrices.shape[2]
+    precise = torch.promote_types(feats.dtype, torch.float32)
+    total = feats.new_zeros(num_out, cout, dtype=precise)
+    tap_bytes = (len(feats) + num_out) * cout * feats.element_size()
+    for start, size in chunks(taps, max(tap_bytes, 1), workspace):
+        group = matrices[start : start + size].permute(1, 0, 2).reshape(-1, size * cout)
+        products = (feats @ group).view(-1, cout)  # row n·size + k: feats[n] times the group's tap k
+        steps = torch.arange(size, dtype=table.dtype, device=table.device)[:, None]
+        rows = table[start : start + size]
+        rows = torch.where(rows >= 0, rows * size + steps, -1)
+        columns = feats.new_empty(num_out, size * cout)
+        copy_columns("gather", products, rows, columns, 0, num_out)
+        total += columns.view(num_out, size, cout).sum(1, dtype=precise)
+    return total
 
 
 def slot_conv(

@@ -3,6 +3,7 @@
     python eval/benchmarks/denoiser.py --tokens 5000 --dtypes float32,bfloat16
     python eval/benchmarks/denoiser.py --device cuda --dtypes bfloat16,float16 --repeats 5
 
+The paper's own networks, SMDiT at full size, are measured by ``python eval/gpu.py --section denoiser``.
 Prints, per dtype of the torso, seconds of one forward pass of the latent flow model (best of the repeats),
 the rate of its matrix products, and peak memory.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from diff2to3.kernels import library, sparse_products
 from diff2to3.kernels.neighbors import neighbor_plan
 from diff2to3.kernels.patchify import PatchPlan, patch_plan, patchify, unpatchify
-from diff2to3.kernels.sparse_conv import patch_conv, submanifold_conv, unpatch_conv
+from diff2to3.kernels.sparse_conv import patch_conv, submanifold_conv, unpatch_conv, workspace_of
 
 
 def load_parity() -> ModuleType:
@@ -327,3 +328,13 @@ def test_wrong_settings(small: tuple) -> None:  # type: ignore[type-arg]
         submanifold_conv(torch.zeros(3, 4), torch.zeros(2, 3, 3, 3, 4), None, plan, backend="spconv")
     with pytest.raises(ValueError, match=r"^reduce: expected one of"):
         patchify(torch.zeros(3, 4), patch, "max")
+
+
+def test_workspace_follows_the_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 64th, within bounds; what is asked for is taken."""
+    for memory, expected in ((141 << 30, 2 << 30), (24 << 30, 384 << 20), (4 << 30, 128 << 20)):
+        facts = types.SimpleNamespace(total_memory=memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, facts=facts: facts)
+        assert workspace_of(torch.device("cuda"), None) == expected
+        assert workspace_of(torch.device("cuda"), 5) == 5
+    assert workspace_of(torch.device("cpu"), None) == 128 << 20

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from diff2to3.kernels import build
+from diff2to3.kernels import build, sparse_products
 from diff2to3.kernels.neighbors import neighbor_plan
 from diff2to3.kernels.patchify import REDUCTIONS, patch_plan, patchify, unpatchify
 from diff2to3.kernels.sparse_conv import patch_conv, submanifold_conv, unpatch_conv
@@ -105,6 +106,32 @@ def test_convolutions(
         shapes = ((rows, cin), (cout, taps, taps, taps, cin), (cout,))
         leaves = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
         compare(lambda *a, f=function, p=given: f(*a[:3], p, workspace=20_000, backend=a[3]), leaves)
+
+
+@pytest.mark.parametrize("workspace", [1, 20_000, 1 << 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_come_first_where_the_output_is_narrower(
+    coords: Tensor,
+    dtype: torch.dtype,
+    workspace: int,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One tap at a time, some, or all; forward and weight gradient gather rows of the output's width alone."""
+    widths: list[int] = []
+    copy = sparse_products.copy_columns
+
+    def watched(direction: str, source: Tensor, *rest: Any) -> None:
+        widths.append(source.shape[1])
+        copy(direction, source, *rest)
+
+    monkeypatch.setattr(sparse_products, "copy_columns", watched)
+    plan = neighbor_plan(coords, backend="reference")
+    leaves = [
+        torch.randn(s, generator=generator).to(dtype) for s in ((len(coords), 12), (6, 3, 3, 3, 12), (6,))
+    ]
+    compare(lambda *a: submanifold_conv(*a[:3], plan, workspace=workspace, backend=a[3]), leaves)
+    assert len(coords) == 0 or set(widths) == {6}
 
 
 def test_unaligned_rows(generator: torch.Generator) -> None:
