@@ -106,7 +106,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--background-removal", choices=METHODS, default="auto",
-        help="for photos without transparency: rembg where it is installed, else the border's colour (auto); "
+        help="for photos without transparency: rembg where it is installed, else the network in this package or, where "
+        "they agree, the border's colour (auto); "
         "none: the photo is all object",
     )  # fmt: skip
 

@@ -1,7 +1,8 @@
-"""What in a photo is the object: its transparency, else a background-removal library, else the border's colour.
+"""What in a photo is the object: its transparency, else a background-removal network, or the border's colour.
 
 alpha   the photo's transparency separates something: it says what the object is
 rembg   the library of that name (MIT) with U²-Net (Apache-2.0), as TRELLIS uses it; pip install "diff2to3[photos]"
+u2netp  the small U²-Net inside this package (diff2to3.pipeline.u2net): about a second on one core
 border  ours: whatever differs from the colour at the border, for pictures on a plain background
 none    the photo has been cut out already: all of it is the object
 """
@@ -18,13 +19,20 @@ from PIL import Image
 from diff2to3.errors import InputError, MissingDependencyError
 
 #: What ``--background-removal`` takes.
-METHODS = ("auto", "rembg", "border", "none")
+METHODS = ("auto", "rembg", "u2netp", "border", "none")
 #: Longest side of a photo that goes into background removal.
 MAX_REMOVAL_SIDE = 1024
 #: Longest side at which the border's colour is followed inwards.
 BORDER_SIDE = 384
 #: Masks that cover less are empty, masks that cover more are full (shares of the picture).
 EMPTY, FULL = 1e-3, 0.97
+#: Intersection over union from which two cut-outs agree.
+AGREE = 0.85
+#: What to do about a mask that looks wrong.
+REMEDY = (
+    "look at the cut-out, and if it is wrong give a PNG whose background is transparent, or a photo of the whole "
+    "object on a plain background"
+)
 #: A pixel below this alpha (of 255) is clear.
 CLEAR_ALPHA = 26
 #: What fills so much of its box is a rectangle, and one of so much of the picture fills it.
@@ -62,22 +70,59 @@ def cut_out(image: Image.Image, method: str = "auto", *, offline: bool = False) 
     if all(high - low <= 2 for low, high in extrema):
         raise InputError("image: all its pixels have the same colour; there is no object to see")
     notes: list[str] = []
-    result = None
     if method in ("auto", "rembg"):
         try:
-            result = by_rembg(image, offline)
-        except (InputError, MissingDependencyError) as error:
+            return checked(by_rembg(image, offline), "rembg", notes)
+        except MissingDependencyError:
             if method == "rembg":
                 raise
-            notes.append(
-                "the background was removed by its colour, which needs a plain background ("
-                + ("rembg is not installed" if isinstance(error, MissingDependencyError) else str(error))
-                + ")"
-            )
-    used = "border" if result is None else "rembg"
-    result = by_border(image) if result is None else result
-    notes += mask_problems(np.asarray(result)[:, :, 3])
-    return CutOut(result, used, tuple(notes))
+        except InputError as error:
+            if method == "rembg":
+                raise
+            notes.append(f"{error}; the smaller network in this package was used")
+    if method == "border":
+        return checked(by_border(image), "border", notes)
+    result, doubtful = by_u2netp(image)
+    plain = by_border(image) if method == "auto" else result
+    if method == "auto" and trusted(plain, result, doubtful):
+        return checked(plain, "border", notes)
+    empty = float((np.asarray(result)[:, :, 3] > 127).mean()) < EMPTY
+    if doubtful or empty:
+        notes.append(f"it is not clear what the object is; {REMEDY}")
+    if empty and method == "auto":
+        return checked(plain, "border", notes)
+    return checked(result, "u2netp", notes)
+
+
+def checked(image: Image.Image, method: str, notes: list[str]) -> CutOut:
+    """With what looks wrong with the mask. InputError where nothing is left."""
+    return CutOut(image, method, (*notes, *mask_problems(np.asarray(image)[:, :, 3])))
+
+
+def trusted(plain: Image.Image, found: Image.Image, doubtful: bool) -> bool:
+    """Whether the cut-out by the border's colour, whose outline is sharper, is to be taken: it agrees with the
+    network's, or the network is in doubt and the background is plain all around.
+    """
+    mask, other = (np.asarray(image)[:, :, 3] > 127 for image in (plain, found))
+    if not EMPTY < mask.mean() < FULL:
+        return False
+    same = (mask & other).sum() / max(int((mask | other).sum()), 1)
+    rim = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    return bool(same >= AGREE or (doubtful and not rim.any()))
+
+
+def by_u2netp(image: Image.Image) -> tuple[Image.Image, bool]:
+    """RGBA by the network in this package, and whether it is in doubt: half as many pixels are undecided as are the
+    object's.
+    """
+    from diff2to3.pipeline.u2net import saliency
+
+    found = saliency(image)
+    undecided, inside = ((found > 0.1) & (found < 0.9)).sum(), (found > 0.5).sum()
+    mask = Image.fromarray((found * 255 + 0.5).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
+    alpha = np.clip(3 * (np.asarray(mask, np.float32) / 255) - 1, 0, 1) * 255 + 0.5
+    solid = Image.merge("RGBA", (*image.split(), Image.fromarray(alpha.astype(np.uint8))))
+    return solid, bool(undecided > 0.5 * inside)
 
 
 def separates(image: Image.Image) -> bool:
@@ -145,10 +190,10 @@ def mask_problems(alpha: np.ndarray) -> list[str]:
             "image: no object: all of it looks like background; give a PNG whose background is transparent"
         )
     if share > FULL:
-        return ["the mask covers the whole picture: no background was found"]
+        return [f"the mask covers the whole picture: no background was found; {REMEDY}"]
     rims = (solid[0], solid[-1], solid[:, 0], solid[:, -1])
     if all(rim.mean() > 0.02 for rim in rims):
-        return ["the mask touches all four borders: is the object cut off, or the background not plain?"]
+        return [f"the mask touches all four borders; {REMEDY}"]
     return []
 
 

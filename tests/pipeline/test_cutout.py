@@ -222,7 +222,31 @@ def test_a_busy_photo_is_warned_about():
     rng = np.random.default_rng(1)
     busy = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     result = cut_out(busy)
-    assert "rembg is not installed" in result.notes[0] and len(result.notes) == 2
+    assert (
+        "it is not clear what the object is; look at the cut-out, and if it is wrong give a PNG"
+        in result.notes[0]
+    )
+
+
+def test_the_network_and_the_border_agree_on_plain_backgrounds():
+    """The border's outline is sharper."""
+    result = cut_out(photo_of(mug(), backgrounds()["grey"]))
+    assert result.method == "border" and result.notes == () and overlap(result.image, mug()) > 0.97
+
+
+def test_a_background_that_is_not_plain_is_removed_by_the_network():
+    """A shadowed floor with a pattern: the border's colour says nothing."""
+    y, x = np.mgrid[:SIZE, :SIZE]
+    floor = (
+        np.where((y > 130)[..., None], [0.45, 0.4, 0.3], [0.75, 0.8, 0.85]) + 0.06 * np.sin(x / 3)[..., None]
+    )
+    truth = (x - 120) ** 2 + (y - 120) ** 2 < 60**2
+    shadow = ((x - 130) / 70) ** 2 + ((y - 182) / 14) ** 2 < 1
+    photo = photo_of(truth, np.where(shadow[..., None], 0.5 * floor, floor), 0.01)
+    assert overlap(cut_out(photo, "border").image, truth) < 0.8
+    for method in ("auto", "u2netp"):
+        result = cut_out(photo, method)
+        assert result.method == "u2netp" and overlap(result.image, truth) > 0.9
 
 
 # ---- rembg ----
@@ -277,6 +301,7 @@ def test_without_rembg_or_its_weights(monkeypatch, offline):
     reason = "not on this machine" if offline else "rembg failed: no route to github.com"
     result = cut_out(image, offline=offline)
     assert result.method == "border" and reason in result.notes[0] and "\n" not in result.notes[0]
+    assert "the smaller network in this package was used" in result.notes[0]
     with pytest.raises(InputError, match=reason):
         cut_out(image, "rembg", offline=offline)
 
@@ -318,5 +343,5 @@ def test_components_and_spreading_against_a_search(height, width, seed, density)
 
 def test_methods_are_checked():
     assert cutout.METHODS[0] == "auto"
-    with pytest.raises(InputError, match="expected one of auto, rembg, border, none"):
+    with pytest.raises(InputError, match="expected one of auto, rembg, u2netp, border, none"):
         cut_out(Image.new("RGB", (9, 9)), "magic")
