@@ -69,7 +69,7 @@ def test_from_upload_to_turning_object(page: Any, client: Any, photo_bytes: byte
             lambda k=number: np.array_equal(seen(page, k), (page.wait_for_timeout(400), seen(page, k))[1]),
         )
     with page.expect_download() as download:
-        page.get_by_role("link", name=".ply").nth(1).click()
+        page.get_by_role("link", name=".ply", exact=True).nth(1).click()
     assert download.value.suggested_filename == "seed6.ply"
     download.value.save_as(tmp_path / "a.ply")
     assert read_ply(tmp_path / "a.ply")[1]["seed"] == 6

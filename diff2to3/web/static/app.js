@@ -156,6 +156,7 @@ async function addResult(row, siblings, job, number, result) {
   canvas.setAttribute("aria-label", "Result of seed " + result.seed + "; drag to turn it");
   about.textContent = `Seed ${result.seed} · ${result.gaussians.toLocaleString("en")} Gaussians · ${result.seconds} s`;
   about.title = result.notes.join("; ");
+  files.className = "files";
   for (const { ending, label } of app.info.formats)
     files.append(Object.assign(document.createElement("a"), { href: base + ending, download: "", textContent: "." + ending, title: label }));
   card.append(canvas, about, files);
