@@ -58,7 +58,7 @@ def test_every_optional_import_of_the_package_is_listed() -> None:
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
     lazy = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"__future__"}
-    required = {"torch", "numpy", "einops", "omegaconf", "PIL", "safetensors", "tqdm", "yaml", "diff2to3"}
+    required = {"torch", "numpy", "omegaconf", "PIL", "safetensors", "tqdm", "yaml", "diff2to3"}
     part_of_others = {"mathutils", "pillow_heif"}  # Blender's; pi_heif's twin
     assert lazy - required - part_of_others <= {package.module for package in doctor.PACKAGES}
 

@@ -47,7 +47,7 @@ LAYERS: dict[str, set[str]] = {
 ADAPTERS = {"diff2to3.kernels.rasterize_gsplat": {"gsplat"}}
 
 #: Import names of the required dependencies in pyproject.toml.
-REQUIRED = {"torch", "numpy", "einops", "omegaconf", "PIL", "safetensors", "tqdm", "yaml"}
+REQUIRED = {"torch", "numpy", "omegaconf", "PIL", "safetensors", "tqdm", "yaml"}
 #: The only modules that may use diffusers and transformers (inside functions).
 PROVIDERS = (
     "diff2to3.voxels.providers",

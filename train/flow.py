@@ -1,7 +1,7 @@
 """Train a flow model of either stage.
 
 python train/flow.py configs/flow/structure_mini.yaml
-torchrun --nproc-per-node 8 train/flow.py configs/flow/large.yaml data.root=data/large
+torchrun --nproc-per-node 8 train/flow.py configs/flow/structure_large.yaml data.root=data/large
 """
 
 from diff2to3.training.run import main

@@ -425,7 +425,7 @@ def test_velocity_of_is_what_samplers_take(generator):
 @pytest.mark.parametrize("stage", ["structure", "latents"])
 def test_autocast_computes_the_same_with_and_without_gradients(stage, generator):
     """Training runs under autocast with gradients, validation without: attention takes another path there."""
-    network = randomised(small_config(stage), generator, std=0.1, dtype=torch.float32)
+    network = randomised(small_config(stage), generator, std=0.3, dtype=torch.float32)
     image = random_image(generator, [(4, 4), (0, 0), (6, 4)], dtype=torch.float32)
     latents = torch.randn(3, 3, 4, 4, 4, generator=generator)
     if stage == "latents":
@@ -436,5 +436,9 @@ def test_autocast_computes_the_same_with_and_without_gradients(stage, generator)
         trained = predict(network, latents, t, image).float()
         with torch.no_grad():
             validated = predict(network, latents, t, image).float()
-    torch.testing.assert_close(trained, validated, rtol=0.02, atol=0.02)
-    torch.testing.assert_close(validated, exact, rtol=0.1, atol=0.1)
+    other = predict(
+        network, latents, t, random_image(generator, [(4, 4), (0, 0), (6, 4)], dtype=torch.float32)
+    )
+    seen = float((other - exact).detach().norm())  # a path that lost the image would be about this far off
+    assert float((trained - validated).detach().norm()) < 0.25 * seen
+    assert float((validated - exact).detach().norm()) < 0.5 * seen

@@ -122,7 +122,7 @@ def test_the_loss_may_count_how_far_the_surface_is(dataset, decoder_bundle):
 
 def test_a_surface_to_learn_from_has_to_be_named(dataset, decoder_bundle):
     changes = {**CHANGES, "data.bundle": decoder_bundle[0], "loss.render.surface": 1.0}
-    with pytest.raises(Exception, match=r"loss\.render\.surface: needs data\.points"):
+    with pytest.raises(ValueError, match=r"loss\.render\.surface: needs data\.points"):
         task_for(dataset, "latents", **changes)
 
 
@@ -179,7 +179,7 @@ def test_training_may_take_the_voxels_from_what_is_expected_of_the_view(dataset,
 
 def test_expected_voxels_are_for_generated_ones_only(dataset, decoder_bundle):
     changes = {**CHANGES, "data.bundle": decoder_bundle[0], "data.expected": "expected_z"}
-    with pytest.raises(Exception, match=r"data\.expected: stage latents needs data\.generated"):
+    with pytest.raises(ValueError, match=r"data\.expected: stage latents needs data\.generated"):
         task_for(dataset, "latents", **{**changes, "data.generated.bundle": "null"})
 
 
@@ -208,7 +208,7 @@ def test_a_run_trains_validates_and_exports(dataset, decoder_bundle, tmp_path, m
 
 
 def test_generated_voxels_need_renderings(dataset):
-    with pytest.raises(Exception, match=r"data\.generated: needs loss\.render"):
+    with pytest.raises(ValueError, match=r"data\.generated: needs loss\.render"):
         task_for(dataset, "latents", **{**CHANGES, "data.bundle": "x", "loss.render.weight": 0})
 
 
