@@ -101,7 +101,7 @@ def sum_by_product(rows: Tensor, index: Tensor, num_items: int) -> Tensor:
     precise = torch.promote_types(rows.dtype, torch.float32)
     ones = index == torch.arange(num_items, device=index.device)[:, None]
     if rows.is_cuda and rows.dtype != precise and has_out_dtype():
-        product: Tensor = torch.mm(ones.to(rows.dtype), rows, out_dtype=precise)  # type: ignore[call-overload]
+        product: Tensor = torch.mm(ones.to(rows.dtype), rows, out_dtype=precise)
         return product
     return ones.to(precise) @ rows.to(precise)
 
