@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: error.
 BASE = {"types", "errors", "files", "streams", "tensors", "worker", "hub", "blender", "nn", "kernels"}
 STAGES = {"assets", "views", "voxels", "photo", "vae", "flow", "gaussians", "metrics"}
-SHARED = BASE | STAGES | {"formats", "checkpoint", "config", "machine", "networks"}
+SHARED = BASE | STAGES | {"formats", "mesh", "checkpoint", "config", "machine", "networks"}
 LAYERS: dict[str, set[str]] = {
     "types": set(),
     "errors": set(),
@@ -42,6 +42,7 @@ LAYERS: dict[str, set[str]] = {
     "cli": {"commands", "errors", "streams"},
     "__init__": SHARED | {"pipeline"},
     "formats": {"gaussians", "types", "errors", "files"},
+    "mesh": {"formats", "gaussians", "kernels", "types", "errors", "files"},
 }
 #: The one package from outside that a module of kernels/ is there to call, inside functions.
 ADAPTERS = {"diff2to3.kernels.rasterize_gsplat": {"gsplat"}}

@@ -2,6 +2,7 @@
 
 diff2to3 convert chair.ply chair.glb                  .ply, .compressed.ply, .splat, .spz, .sog, .glb (.ksplat is read)
 diff2to3 convert chair.spz chair.ply --frame native   z up, as in this package; files are y down otherwise, .glb y up
+diff2to3 convert chair.ply chair-mesh.glb --mesh      a textured mesh: .glb, .obj, .stl, .ply
 diff2to3 convert microsoft/TRELLIS-image-large -o trellis-image-large/
 """
 
@@ -16,6 +17,8 @@ from pathlib import Path
 from diff2to3.errors import InputError
 from diff2to3.formats import FORMATS, FRAMES, encode, find_format, read
 from diff2to3.formats.spz import write as write_spz
+from diff2to3.mesh.write import check_mesh_name
+from diff2to3.types import Gaussians
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--spz-version", type=int, choices=(3, 4), default=3, help="of .spz (default: %(default)s)"
     )
 
+    files.add_argument(
+        "--mesh", action="store_true", help='write a triangle mesh; needs pip install "diff2to3[mesh]"'
+    )
+    files.add_argument(
+        "--faces", type=int, default=20000, help="triangles of the mesh at most (default: %(default)s)"
+    )
+    files.add_argument(
+        "--texture", type=int, default=1024, help="its texels a side, 0 for none (default: %(default)s)"
+    )
+
     bundle = parser.add_argument_group("bundles")
     bundle.add_argument("--offline", action="store_true", help="open no connection; use what is here")
 
@@ -64,12 +77,16 @@ def run(args: argparse.Namespace) -> int:
 def convert_file(args: argparse.Namespace, out: Path) -> int:
     from diff2to3.files import write_atomic
 
-    entry = find_format(out)
+    entry = None if args.mesh else find_format(out)
+    if args.mesh:
+        check_mesh_name(out)
     gaussians, metadata = read(args.source, args.input_frame)
     for note in metadata.pop("notes", []):
         print(f"diff2to3 convert: {note}", file=sys.stderr)
     if len(gaussians) == 0:
         raise InputError(f"{args.source}: holds no Gaussians")
+    if entry is None:
+        return convert_to_mesh(args, out, gaussians)
     if entry.name == "spz" and args.spz_version == 4:
         entry = dataclasses.replace(entry, write=functools.partial(write_spz, version=4))
     content = encode(gaussians, entry, metadata, frame=args.frame, bake_filter=args.bake_filter)
@@ -78,6 +95,15 @@ def convert_file(args: argparse.Namespace, out: Path) -> int:
     except OSError as error:
         raise InputError(f"{out}: cannot be written to: {error.strerror or error}") from error
     print(f"{out}: {len(gaussians):,} Gaussians, {len(content) / 1e6:.2f} MB")
+    return 0
+
+
+def convert_to_mesh(args: argparse.Namespace, out: Path, gaussians: Gaussians) -> int:
+    from diff2to3.mesh import MeshSettings, to_mesh, write_mesh
+
+    mesh = to_mesh(gaussians, MeshSettings(num_faces=args.faces, texture=args.texture))
+    for path in write_mesh(out, mesh):
+        print(f"{path}: {len(mesh.faces):,} triangles, {path.stat().st_size / 1e6:.2f} MB")
     return 0
 
 

@@ -92,6 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--frame", choices=tuple(FRAMES), help="axes of those files (default: as viewers expect)"
     )
     what.add_argument(
+        "--mesh", action="store_true",
+        help='also NAME_mesh.glb, a textured triangle mesh; needs pip install "diff2to3[mesh]"',
+    )  # fmt: skip
+    what.add_argument(
         "--bake-filter", action="store_true",
         help="for viewers that blur by 0.3 px²: Gaussians changed so that they look right there",
     )  # fmt: skip
@@ -231,7 +235,8 @@ def run(args: argparse.Namespace) -> int:
             if file is not None:
                 writer = FileWriter(file, encoding)
             else:
-                options: dict[str, Any] = {"viewer": args.viewer, "formats": formats, "encoding": encoding}
+                options: dict[str, Any] = {"viewer": args.viewer, "mesh": args.mesh}
+                options |= {"formats": formats, "encoding": encoding}
                 writer = Writer(output, args.turntable, common, seconds, **options)
             work = Run(args, model, writer, failed)
             try:

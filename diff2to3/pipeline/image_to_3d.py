@@ -28,6 +28,7 @@ from diff2to3.flow.denoise import (
 from diff2to3.flow.framing import Framing
 from diff2to3.flow.normalization import Normalization
 from diff2to3.gaussians import combine
+from diff2to3.mesh import MeshSettings, TexturedMesh, to_mesh
 from diff2to3.pipeline.parts import Parts, PhotoParts
 from diff2to3.pipeline.photo_frame import BACKGROUND, MARGIN, SIZE, PhotoStages, fitted
 from diff2to3.pipeline.photos import Photo, as_it_is, frame_cut_out, frame_like_trellis, prepare
@@ -69,6 +70,10 @@ class Result:
     photos: tuple[Photo, ...] = ()
     frame: str = "object"
     camera: PhotoCamera | None = None
+
+    def to_mesh(self, settings: MeshSettings | None = None) -> TexturedMesh:
+        """A textured triangle mesh (:func:`diff2to3.mesh.to_mesh`); write it with ``diff2to3.mesh.write_mesh``."""
+        return to_mesh(self.gaussians, settings)
 
     @property
     def notes(self) -> tuple[str, ...]:

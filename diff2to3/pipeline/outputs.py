@@ -26,6 +26,7 @@ from diff2to3.formats import FORMATS, Format, encode, find_format
 from diff2to3.formats.comments import CONVENTIONS
 from diff2to3.gaussians.render import EPS2D
 from diff2to3.machine import peak_memory
+from diff2to3.mesh.write import write_mesh
 from diff2to3.pipeline.camera_file import camera_entry
 from diff2to3.pipeline.index import METADATA
 from diff2to3.pipeline.turntable import DEFAULT_VIEWS, turntable
@@ -100,10 +101,12 @@ class Writer:
         seconds: Mapping[str, float],
         *,
         viewer: bool = False,
+        mesh: bool = False,
         formats: Sequence[Format] = (FORMATS["ply"],),
         encoding: Mapping[str, Any] | None = None,
     ) -> None:
         """``encoding``: options of :func:`diff2to3.formats.encode`."""
+        self.mesh = mesh
         self.formats, self.encoding = formats, dict(encoding or {})
         self.output, self.picture, self.viewer = output, picture, viewer
         self.common, self.seconds = common, seconds
@@ -115,9 +118,10 @@ class Writer:
         """
         files = [f"{stem}{entry.ending}" for entry in self.formats]
         picture = f"{stem}_turntable.{self.picture}"
+        meshes = [f"{stem}_mesh.glb"] if self.mesh else []
         page = [f"{stem}.html"] if self.viewer else []
         cuts = cut_outs(stem, result)
-        names = [*files, *([] if self.picture == "none" else [picture]), *page, *cuts, METADATA]
+        names = [*files, *([] if self.picture == "none" else [picture]), *page, *meshes, *cuts, METADATA]
         seconds = {**self.seconds, **result.seconds}
         try:
             with tempfile.TemporaryDirectory(dir=self.output.folder, prefix=".diff2to3-") as temporary:
@@ -138,6 +142,10 @@ class Writer:
                     seconds["viewer"] = time.perf_counter() - before
                 for name, image in cuts.items():
                     image.save(folder / name)
+                for name in meshes:
+                    before = time.perf_counter()
+                    write_mesh(folder / name, result.to_mesh())
+                    seconds["mesh"] = time.perf_counter() - before
                 metadata = self.metadata(result, own, seconds, names)
                 (folder / names[-1]).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
                 for name in names:
