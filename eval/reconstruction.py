@@ -14,8 +14,9 @@ assets of
     structure_iou     of the sparse-structure VAE, where the model has one
 
 with 95 % intervals by bootstrap over assets, the same by pack, and the ten assets with the least PSNR, whose pictures
-are in OUT_worst/index.html. A killed run is continued by the same command. A broken asset is listed and counted, and
-does not stop the others. Exit code 0; 1 where no asset could be scored; 2 for bad input.
+are in OUT_worst/index.html. A killed run is continued by the same command; its results so far are in OUT.partial. A
+broken asset is listed and counted, and does not stop the others. Exit code 0; 1 where no asset could be scored; 2 for
+bad input.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ toys_dict.json in toys4k/renderer/jsons of github.com/rehg-lab/lowshot-shapebias
 
 --set KEY=VALUE … changes the protocol (eval/protocol), such as resolution=256 num_assets=null.
 
-A killed run is continued by the same command; under torchrun, processes share the assets and the last one writes
-OUT/table.md and OUT/table.json; OUT/ids.txt records the assets. Exit code 1 where an asset failed (it is tried again
-next time), 2 for bad input.
+A killed run is continued by the same command; with --workers or under torchrun, processes share the assets, and the
+last one writes OUT/table.md and OUT/table.json; OUT/ids.txt records the assets. Exit code 1 where an asset failed
+(it is tried again next time), 2 for bad input.
 """
 
 from __future__ import annotations

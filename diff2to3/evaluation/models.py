@@ -86,8 +86,8 @@ class Generator(ModelSource):
         except InputError as error:
             if not self.nothing:
                 raise
-            facts = {"seconds": None, "num_voxels": 0, "num_gaussians": 0}
-            return Made(no_gaussians(), facts=facts, remarks={"nothing": str(error)})
+            none: dict[str, float | None] = {"seconds": None, "num_voxels": 0, "num_gaussians": 0}
+            return Made(no_gaussians(), facts=none, remarks={"nothing": str(error)})
         seconds = round(sum(made.seconds.values()), 3)
         facts = {
             "seconds": seconds,

@@ -73,8 +73,8 @@ class Pairs(Metric):
         return pair_values(images, truth.images, truth.alphas, self.network, rules.ssim_border)
 
     def describe(self) -> dict[str, Any]:
-        known = self.network is not None and self.network.record is not None
-        return {"lpips": self.network.record.to_dict()} if known else {}
+        record = None if self.network is None else self.network.record
+        return {} if record is None else {"lpips": record.to_dict()}
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def shape_of_gaussians(
         points = points[torch.from_numpy(np.sort(chosen))]
     if coords is None:
         cells = ((points + 0.5) * rules.grid).floor().clamp(0, rules.grid - 1)
-        coords = cells.int().unique(dim=0)
+        coords = torch.unique(cells.int(), dim=0)
     return Shape(points, coords.cpu())
 
 

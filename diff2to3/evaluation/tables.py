@@ -135,8 +135,10 @@ def _paper_section(table: Mapping[str, Any], section: str) -> str:
 
 def _like_the_paper(table: Mapping[str, Any]) -> bool:
     """Whether a result is on the data and at the size of the paper's."""
-    on_toys4k = table["truth"]["name"].startswith("toys4k:")
-    return on_toys4k and table["num_assets"]["scored"] == 1000 and table["protocol"]["resolution"] == 512
+    on_toys4k = str(table["truth"]["name"]).startswith("toys4k:")
+    return on_toys4k and bool(
+        table["num_assets"]["scored"] == 1000 and table["protocol"]["resolution"] == 512
+    )
 
 
 def _what(table: Mapping[str, Any]) -> str:
