@@ -77,13 +77,14 @@ def test_from_upload_to_turning_object(page: Any, client: Any, photo_bytes: byte
 
 
 def test_brush(page: Any, client: Any) -> None:
-    """Remove the left one of two squares, undo, and remove it again: the model sees the right one."""
+    """Keep all, remove the left one of two squares, undo, and remove it again: the model sees the right one."""
     pixels = np.full((64, 96, 3), 255, np.uint8)
     pixels[20:44, 12:36], pixels[20:44, 60:84] = (200, 0, 0), (0, 0, 200)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     open_app(page, client.url, buffer.getvalue())
     page.locator("#editor").wait_for()
+    page.get_by_role("button", name="All of it").click()  # whatever the cut-out found
     page.get_by_role("button", name="Remove").click()
     page.locator("#brush").fill("120")
     box = page.locator("#cut").bounding_box()
