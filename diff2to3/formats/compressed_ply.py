@@ -54,7 +54,7 @@ def write(gaussians: Gaussians, metadata: Mapping[str, Any]) -> bytes:
         span = np.where(high > low, high.astype(np.float64) - low, 1)
         parts.append((values - low[chunk]) / span[chunk])
     which, three = largest_apart(a.quats)
-    rotation = which.astype(np.uint32)
+    rotation: np.ndarray = which.astype(np.uint32)
     for i in range(3):
         rotation = (rotation << 10) | quantise(three[:, i] * SQRT_HALF + 0.5, 1023).astype(np.uint32)
     color = quantise(np.concatenate((parts[2], a.opacities[:, None]), 1), 255).astype(np.uint32)
@@ -85,7 +85,8 @@ def pack_11_10_11(x: np.ndarray) -> np.ndarray:
 
 
 def unpack_11_10_11(bits: np.ndarray) -> np.ndarray:
-    return np.stack((bits >> 21, bits >> 11 & 1023, bits & 2047), 1) / np.array([2047.0, 1023, 2047])
+    parts = np.stack((bits >> 21, bits >> 11 & 1023, bits & 2047), 1)
+    return np.asarray(parts / np.array([2047.0, 1023, 2047]))
 
 
 def decode(

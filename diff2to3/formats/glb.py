@@ -44,7 +44,9 @@ def write(gaussians: Gaussians, metadata: Mapping[str, Any]) -> bytes:
     for degree in range(a.degree + 1):
         for i in range(2 * degree + 1):
             attributes[f"{EXTENSION}:SH_DEGREE_{degree}_COEF_{i}"] = a.sh[:, degree**2 + i].astype("<f4")
-    views, accessors, blob = [], [], b""
+    views: list[dict[str, Any]] = []
+    accessors: list[dict[str, Any]] = []
+    blob = b""
     for values in attributes.values():
         data = values.tobytes()
         views.append({"buffer": 0, "byteOffset": len(blob), "byteLength": len(data), "target": 34962})
@@ -140,12 +142,12 @@ def items(holder: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
 
 def item(document: Mapping[str, Any], key: str, index: Any, name: str) -> dict[str, Any]:
-    values = document.get(key)
+    values: Any = document.get(key)
     ok = isinstance(values, list) and type(index) is int and 0 <= index < len(values)
     need(
         ok and isinstance(values[index], dict), name, f"{key}[{index!r}] does not exist; the file is damaged"
-    )  # type: ignore[index]
-    return values[index]  # type: ignore[index, no-any-return]
+    )
+    return dict(values[index])
 
 
 def placed_meshes(document: Mapping[str, Any], name: str) -> list[tuple[dict[str, Any], np.ndarray]]:
@@ -186,7 +188,7 @@ def node_matrix(node: Mapping[str, Any], name: str) -> np.ndarray:
         return values
 
     if "matrix" in node:
-        return numbers("matrix", [0.0] * 16).reshape(4, 4).T
+        return np.asarray(numbers("matrix", [0.0] * 16).reshape(4, 4).T)
     x, y, z, w = numbers("rotation", [0.0, 0, 0, 1])
     rotation = np.array(
         [
@@ -269,9 +271,9 @@ def accessor(document: Mapping[str, Any], blob: bytes, index: Any, kind: str, na
     need(view.get("buffer", 0) == 0, name, "buffers outside the file are not supported")
 
     def number(holder: Mapping[str, Any], key: str, default: int | None = None) -> int:
-        value = holder.get(key, default)
+        value: Any = holder.get(key, default)
         need(type(value) is int and 0 <= value < 1 << 40, name, f"{key} is {value!r}; the file is damaged")
-        return int(value)  # type: ignore[arg-type]
+        return int(value)
 
     count, width, size = number(entry, "count"), WIDTHS[kind], np.dtype(code).itemsize
     start = number(view, "byteOffset", 0) + number(entry, "byteOffset", 0)

@@ -299,7 +299,7 @@ class Reader:
     def higher(self, meta: Mapping[str, Any], count: int) -> np.ndarray:
         """Higher coefficients [count, 3(K−1)] channel after channel."""
         part = self.part(meta, "shN")
-        bands = part.get("bands")
+        bands: Any = part.get("bands")
         need(type(bands) is int and 1 <= bands <= 3, self.name, f"shN.bands is {bands!r}; expected 1, 2 or 3")
         num = SH_REST[bands]
         centroids = self.picture(meta, "shN", 0, count)

@@ -130,6 +130,91 @@ def large_components(vertices: np.ndarray, faces: np.ndarray, share: float) -> t
     return compact(vertices, faces[(area >= share * area.max())[label]])
 
 
+def without_folds(faces: np.ndarray) -> np.ndarray:
+    """Without the pairs of triangles that have the same corners and close upon each other."""
+    while True:
+        _, which, count = np.unique(np.sort(faces, 1), axis=0, return_inverse=True, return_counts=True)
+        single = count[which.reshape(-1)] % 2 == 1
+        if single.all():
+            return faces
+        order = np.argsort(which.reshape(-1), kind="stable")
+        first = np.ones(len(faces), bool)
+        first[order[1:]] = which.reshape(-1)[order[1:]] != which.reshape(-1)[order[:-1]]
+        faces = faces[single & first]
+
+
+def joined_sides(num_vertices: int, faces: np.ndarray) -> np.ndarray:
+    """Pairs [P, 2, 4] of sides of triangles that lie on one edge and run opposite ways: the edge's ends in order, and
+    the corners (3 · triangle + i) that lie there. Of an edge with more triangles than two, the n-th that runs one way
+    is joined to the n-th that runs the other.
+    """
+    number = np.arange(len(faces))
+    sides, ways = [], []
+    for i in range(3):
+        j = (i + 1) % 3
+        a, b, corner_a, corner_b = faces[:, i], faces[:, j], 3 * number + i, 3 * number + j
+        swap = a > b
+        ends = (np.where(swap, b, a), np.where(swap, a, b))
+        corners = (np.where(swap, corner_b, corner_a), np.where(swap, corner_a, corner_b))
+        sides.append(np.stack((*ends, *corners), 1))
+        ways.append(swap)
+    table, way = np.concatenate(sides), np.concatenate(ways)
+    runs = []
+    for mask in (way, ~way):
+        rows = table[mask]
+        keys = rows[:, 0] * num_vertices + rows[:, 1]
+        order = np.argsort(keys, kind="stable")
+        rows, keys = rows[order], keys[order]
+        turn = np.arange(len(keys)) - np.searchsorted(keys, keys)
+        runs.append((rows, keys * 16 + np.minimum(turn, 15)))
+    _, one, two = np.intersect1d(runs[0][1], runs[1][1], return_indices=True)
+    return np.stack((runs[0][0][one], runs[1][0][two]), 1)
+
+
+def split_crossings(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same surface, with vertices doubled where sheets touch along an edge or at a point: triangles share a vertex
+    only if they are joined around it through sides that belong together.
+    """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    pairs = joined_sides(len(vertices), faces)
+    ends = np.concatenate((pairs[:, :, 2], pairs[:, :, 3]))
+    size = 3 * len(faces)
+    graph = coo_matrix((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), (size, size))
+    _, label = connected_components(graph, directed=False)
+    _, first = np.unique(label, return_index=True)
+    return split_edges(vertices[faces.reshape(-1)[first]], label.reshape(-1, 3).astype(np.int64))
+
+
+def split_edges(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every edge with two triangles: of one with four, whose ends are joined elsewhere, too, each pair gets a midpoint
+    of its own.
+    """
+    while True:
+        pairs = joined_sides(len(vertices), faces)
+        code = pairs[:, 0, 0] * len(vertices) + pairs[:, 0, 1]
+        _, which, count = np.unique(code, return_inverse=True, return_counts=True)
+        pairs = pairs[count[which.reshape(-1)] > 1]
+        if not len(pairs):
+            return vertices, faces
+        owners = pairs[:, :, 2] // 3  # a triangle is cut once a round
+        _, first = np.unique(owners, return_index=True)
+        chosen = np.zeros(owners.size, bool)
+        chosen[first] = True
+        pairs = pairs[chosen.reshape(-1, 2).all(1)]
+        middle = len(vertices) + np.arange(len(pairs))
+        new, gone = [], (pairs[:, :, 2] // 3).reshape(-1)
+        for side in range(2):
+            owner, mid = pairs[:, side, 2] // 3, middle
+            for end in (2, 3):  # a copy of the triangle with the midpoint in place of one end
+                piece = faces[owner].copy()
+                piece[np.arange(len(owner)), pairs[:, side, end] % 3] = mid
+                new.append(piece)
+        vertices = np.concatenate((vertices, vertices[pairs[:, 0, :2]].mean(1)))
+        faces = np.concatenate((np.delete(faces, gone, 0), *new))
+
+
 def compact(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Without the vertices that no face uses."""
     used, inverse = np.unique(faces, return_inverse=True)
@@ -148,7 +233,9 @@ def simplify(vertices: np.ndarray, faces: np.ndarray, num_faces: int) -> tuple[n
         vertices.astype(np.float32), faces.astype(np.int32), target_count=num_faces
     )
     f = f[(f[:, 0] != f[:, 1]) & (f[:, 1] != f[:, 2]) & (f[:, 0] != f[:, 2])]
-    return compact(np.asarray(v, np.float64), np.asarray(f, np.int64))
+    # edges are collapsed there without a look at what else they join
+    v, f = split_crossings(np.asarray(v, np.float64), without_folds(np.asarray(f, np.int64)))
+    return compact(v, f)
 
 
 def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
@@ -158,4 +245,4 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     total = np.zeros((len(vertices), 3))
     for i in range(3):
         np.add.at(total, faces[:, i], normal)
-    return total / np.linalg.norm(total, axis=1, keepdims=True).clip(1e-20)
+    return np.asarray(total / np.linalg.norm(total, axis=1, keepdims=True).clip(1e-20))

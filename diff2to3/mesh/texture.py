@@ -127,7 +127,7 @@ def fill_gutters(picture: np.ndarray, known: np.ndarray) -> np.ndarray:
     for color, weight in reversed(levels[:-1]):
         up = filled.repeat(2, 0).repeat(2, 1)
         filled = np.where(weight[..., None] > 0, color / weight[..., None].clip(1e-12), up)
-    return filled
+    return np.asarray(filled)
 
 
 def bake(uvs: np.ndarray, faces: np.ndarray, side: int, shade: Shade) -> np.ndarray:

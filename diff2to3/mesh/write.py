@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ def glb_bytes(mesh: TexturedMesh) -> bytes:
         blob += data + bytes(-len(data) % 4)
     if pictures:
         picture = png(mesh.texture)  # type: ignore[arg-type]
-        views.append({"buffer": 0, "byteOffset": len(blob), "byteLength": len(picture)})  # type: ignore[dict-item]
+        views.append({"buffer": 0, "byteOffset": len(blob), "byteLength": len(picture)})
         blob += picture + bytes(-len(picture) % 4)
     document = {
         "asset": {"version": "2.0", "generator": "diff2to3"},
@@ -138,7 +139,7 @@ def stl_bytes(mesh: TexturedMesh) -> bytes:
     normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     record["normal"] = normal / np.linalg.norm(normal, axis=1, keepdims=True).clip(1e-20)
     record["corners"] = corners
-    return b"diff2to3".ljust(80) + np.uint32(len(record)).tobytes() + record.tobytes()
+    return b"diff2to3".ljust(80) + struct.pack("<I", len(record)) + record.tobytes()
 
 
 def ply_bytes(mesh: TexturedMesh) -> bytes:

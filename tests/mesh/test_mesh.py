@@ -14,7 +14,7 @@ from diff2to3.errors import InputError
 from diff2to3.formats import write
 from diff2to3.mesh import MESH_FORMATS, MeshSettings, to_mesh, write_mesh
 from diff2to3.mesh.grid import fill_inside, opacity_grid
-from diff2to3.mesh.surface import large_components, marching_tetrahedra, vertex_normals
+from diff2to3.mesh.surface import large_components, marching_tetrahedra, simplify, vertex_normals
 from diff2to3.mesh.texture import bake, fill_gutters
 from diff2to3.types import Gaussians
 
@@ -117,6 +117,30 @@ def test_inside_is_what_no_path_reaches() -> None:
     np.testing.assert_array_equal(got >= 0.55, (values >= 0.55) | closed)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_simplified_surfaces_stay_closed_with_two_triangles_an_edge(seed: int) -> None:
+    """fast-simplification by itself leaves edges of four triangles in a surface with as many holes as noise has."""
+    fast_simplification = pytest.importorskip("fast_simplification")
+    values = np.pad(np.random.default_rng(seed).random((14, 13, 12)), 1)
+    vertices, faces = marching_tetrahedra(values, 0.6)
+    target = len(faces) // 6
+
+    def triangles_per_edge(f: np.ndarray) -> np.ndarray:
+        edges = np.sort(np.concatenate((f[:, :2], f[:, 1:], f[:, [2, 0]])), 1)
+        return np.unique(edges, axis=0, return_counts=True)[1]
+
+    raw = fast_simplification.simplify(
+        vertices.astype(np.float32), faces.astype(np.int32), target_count=target
+    )
+    assert (triangles_per_edge(np.asarray(raw[1])) != 2).any()
+    v, f = simplify(vertices, faces, target)
+    assert (triangles_per_edge(f) == 2).all() and f.max() == len(v) - 1
+    mesh = trimesh.Trimesh(v, f, process=False)
+    assert mesh.is_watertight and mesh.is_winding_consistent
+    before = trimesh.Trimesh(raw[0], raw[1], process=False)
+    assert mesh.volume == pytest.approx(before.volume, rel=1e-6)
+
+
 def test_small_parts_go() -> None:
     values = ball_grid()
     values[1:3, 1:3, 1:3] = 1.0
@@ -158,7 +182,7 @@ def ball():
 
 def test_a_hollow_ball_becomes_one_solid(ball) -> None:
     radius = np.linalg.norm(ball.vertices, axis=1)
-    assert 0.38 < radius.min() and radius.max() < 0.46 and len(ball.faces) <= 1500
+    assert 0.38 < radius.min() and radius.max() < 0.46 and len(ball.faces) <= 1600
     merged = trimesh.Trimesh(ball.vertices, ball.faces, process=True, merge_tex=True, merge_norm=True)
     assert merged.is_watertight and merged.euler_number == 2 and 0.25 < merged.volume < 0.4
     assert np.isfinite(ball.vertices).all() and ball.uvs.min() >= 0 and ball.uvs.max() <= 1

@@ -600,3 +600,17 @@ def test_the_embedded_model_is_the_default(photos, tmp_path, capsys, monkeypatch
         "diff2to3 generate: error: mini (embedded): this model cannot generate: it has no structure_flow, "
         "latent_flow; it has structure_decoder, decoder, image_encoder\n"
     )
+
+
+def test_other_formats(generate, photos, tmp_path, capsys):
+    """Every file holds the same object, the right way up."""
+    out = tmp_path / "out"
+    assert generate(photos[0], "-o", out, "--turntable", "none", "--format", "glb,ply,spz") == 0
+    assert {"photo0.glb", "photo0.ply", "photo0.spz"} <= {p.name for p in out.rglob("*")}
+    assert "photo0.glb" in capsys.readouterr().out
+    paths = {p.suffix: p for p in out.rglob("photo0.*")}
+    want = read_ply(paths[".ply"])[0].means
+    for suffix, atol in ((".glb", 1e-6), (".spz", 2e-4)):
+        torch.testing.assert_close(read_ply(paths[suffix])[0].means, want, atol=atol, rtol=0)
+    assert generate(photos[0], "-o", tmp_path / "no", "--format", "glb,xyz") == 2
+    assert "expected one of" in capsys.readouterr().err and not (tmp_path / "no").exists()
