@@ -29,7 +29,7 @@ from diff2to3.flow.framing import Framing
 from diff2to3.flow.normalization import Normalization
 from diff2to3.gaussians import combine
 from diff2to3.mesh import MeshSettings, TexturedMesh, to_mesh
-from diff2to3.pipeline.parts import Parts, PhotoParts
+from diff2to3.pipeline.parts import Parts, PhotoParts, some_voxels
 from diff2to3.pipeline.photo_frame import BACKGROUND, MARGIN, SIZE, PhotoStages, fitted
 from diff2to3.pipeline.photos import Photo, as_it_is, frame_cut_out, frame_like_trellis, prepare
 from diff2to3.pipeline.prune import without_hidden
@@ -275,7 +275,7 @@ class ImageTo3D:
             seen = stages.see(photo)
             clock.lap("condition")
             logits = stages.occupancy(seen, first, generator, progress)
-            coords = some_voxels(logits, first.threshold)
+            coords = stages.voxels(seen, logits, first.threshold)
             clock.lap("structure")
             latents = stages.latents(coords, seen, second, generator, progress)
             clock.lap("latents")
@@ -438,15 +438,6 @@ class ImageTo3D:
             yield network
         finally:
             network.to("cpu")
-
-
-def some_voxels(logits: Tensor, threshold: float) -> Tensor:
-    """Active voxels [N, 4] of logits [B, 1, R, R, R]. InputError where an item has none."""
-    coords = active_voxels(logits, threshold)
-    counts = torch.bincount(coords[:, 0], minlength=len(logits))
-    if int(counts.min()) == 0:
-        raise InputError("the structure stage generated no voxel for this input; try another seed")
-    return coords
 
 
 def clone(container: Any) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from diff2to3.errors import InputError
 from diff2to3.flow.denoise import StageSettings
 from diff2to3.flow.framing import Framing
 from diff2to3.flow.normalization import Normalization
@@ -14,7 +15,7 @@ from diff2to3.flow.smdit import LatentSMDiT
 from diff2to3.photo.encoder import PhotoEncoder
 from diff2to3.photo.occupancy import OccupancyFlow
 from diff2to3.vae.decoder import Decoder
-from diff2to3.vae.sparse_structure import StructureDecoder
+from diff2to3.vae.sparse_structure import StructureDecoder, active_voxels
 
 
 @dataclass(frozen=True)
@@ -96,3 +97,12 @@ class PhotoParts:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     low_memory: bool = False
     offline: bool = False
+
+
+def some_voxels(logits: Tensor, threshold: float) -> Tensor:
+    """Active voxels [N, 4] of logits [B, 1, R, R, R]. InputError where an item has none."""
+    coords = active_voxels(logits, threshold)
+    counts = torch.bincount(coords[:, 0], minlength=len(logits))
+    if int(counts.min()) == 0:
+        raise InputError("the structure stage generated no voxel for this input; try another seed")
+    return coords

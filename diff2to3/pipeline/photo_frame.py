@@ -30,12 +30,13 @@ from diff2to3.flow.tokens import ImageTokens
 from diff2to3.photo.encoder import PhotoFeatures, PhotoMaps
 from diff2to3.photo.maps import small_rgba, stacked_maps
 from diff2to3.photo.occupancy import LiftedPhoto, OccupancyFlow, velocity
-from diff2to3.pipeline.parts import PhotoParts
+from diff2to3.pipeline.parts import PhotoParts, some_voxels
 from diff2to3.pipeline.photos import Photo
 from diff2to3.pipeline.refine import RefineConfig, Refined, refine
 from diff2to3.types import Gaussians, SparseVoxels
 from diff2to3.views.photo_frame import SILHOUETTE, PhotoCamera
 from diff2to3.voxels.lift_photo import lift_photo
+from diff2to3.voxels.silhouette import fit_silhouette
 
 #: Side of the crop over the longer side of the object's box.
 MARGIN = 1 / SILHOUETTE
@@ -124,6 +125,13 @@ class PhotoStages:
             velocities = occupancy_velocity(flow, lifted), occupancy_velocity(flow, nothing)
             clean = sampled(velocities, noise, settings, reporting(progress, "structure"))
         return 2 * torch.atanh(clean.clamp(-1 + 1e-6, 1 - 1e-6))  # the last step ends at 2p - 1
+
+    def voxels(self, photo: SeenPhoto, logits: Tensor, threshold: float) -> Tensor:
+        """Active voxels int32 [N, 4] of one object, made to fill the photo's silhouette at its camera
+        (:mod:`diff2to3.voxels.silhouette`). InputError where there are none.
+        """
+        grid = fit_silhouette(logits[0, 0], photo.alpha, photo.camera, threshold)
+        return some_voxels(torch.where(grid, 1.0, -1.0)[None, None], 0.0)
 
     def latents(
         self,

@@ -14,7 +14,7 @@ from diff2to3.flow.tokens import ImageTokens
 from diff2to3.gaussians.render import render
 from diff2to3.metrics.image import ssim
 from diff2to3.pipeline import ImageTo3D
-from diff2to3.pipeline.image_to_3d import some_voxels
+from diff2to3.pipeline.parts import some_voxels
 from diff2to3.training.run import main
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.flow import FlowRunConfig, flow_task
