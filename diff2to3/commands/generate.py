@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from diff2to3.pipeline.image_to_3d import ImageTo3D, Result
 
-DEFAULT_MODEL = "mini"
+DEFAULT_MODEL = "mini-photo"
 #: Endings with which --out names a file.
 FILES = tuple(entry.ending for entry in FORMATS.values())
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

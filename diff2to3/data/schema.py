@@ -210,7 +210,7 @@ class MapConfig:
     """
 
     photographs: str = "photo"
-    bundle: str = "diff2to3/bundles/mini"
+    bundle: str = "diff2to3/bundles/mini-photo"
     background: float = 0.5
 
 

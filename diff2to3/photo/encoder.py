@@ -48,6 +48,7 @@ class PhotoEncoderConfig:
     num_heads: int = 4
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))  # read from a file it is a list
         if self.resolution < 4 or self.resolution % 4:
             raise ValueError(f"resolution: expected a multiple of 4, got {self.resolution}")
         if len(self.widths) != 3 or any(width < 1 or width % self.num_heads for width in self.widths):

@@ -82,7 +82,7 @@ class Result:
 
 
 class ImageTo3D:
-    """A loaded model. ``ImageTo3D.from_pretrained("mini")(image, seed=1)`` gives a :class:`Result`.
+    """A loaded model. ``ImageTo3D.from_pretrained("mini-photo")(image, seed=1)`` gives a :class:`Result`.
 
     ``parts``: see :class:`Parts`, whose fields are attributes here; or :class:`PhotoParts`, for a model of the photo
     frame.
@@ -118,7 +118,7 @@ class ImageTo3D:
                 network.to(self.device)
 
     @staticmethod
-    def from_pretrained(source: str = "mini", **options: Any) -> ImageTo3D:
+    def from_pretrained(source: str = "mini-photo", **options: Any) -> ImageTo3D:
         """Load an embedded model, a bundle of ours, or a TRELLIS folder or repository; see
         :func:`diff2to3.pipeline.load.load_parts`.
         """

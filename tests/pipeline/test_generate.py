@@ -582,20 +582,19 @@ def test_an_interruption_leaves_nothing(generate, photos, tmp_path, capsys, monk
 
 
 def test_the_embedded_model_is_the_default(photos, tmp_path, capsys, monkeypatch, bundles, tiny):
-    """``mini`` by name, from the package's own folder; while it has no generator, what is missing is said."""
+    """``mini-photo`` by name, from the package's own folder; of a model without a generator what is missing is said."""
     from diff2to3 import hub
 
     embedded = tmp_path / "bundles"
     embedded.mkdir()
-    (embedded / "mini").symlink_to(bundles["smdit"])
+    (embedded / "mini-photo").symlink_to(bundles["smdit"])
+    tiny.write_generator(embedded / "mini", leave_out=("structure_flow", "latent_flow"))
     monkeypatch.setattr(hub, "EMBEDDED", embedded)
     words = ["generate", str(photos[0]), "--device", "cpu", "--turntable", "none"]
     assert cli.main([*words, "-o", str(tmp_path / "out")]) == 0
-    assert metadata_of(tmp_path / "out")["model"] == "mini"
-    (embedded / "mini").unlink()
-    tiny.write_generator(embedded / "mini", leave_out=("structure_flow", "latent_flow"))
+    assert metadata_of(tmp_path / "out")["model"] == "mini-photo"
     capsys.readouterr()
-    assert cli.main([*words, "-o", str(tmp_path / "none")]) == 2
+    assert cli.main([*words, "--model", "mini", "-o", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err == (
         "diff2to3 generate: error: mini (embedded): this model cannot generate: it has no structure_flow, "
         "latent_flow; it has structure_decoder, decoder, image_encoder\n"

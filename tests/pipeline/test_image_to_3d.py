@@ -15,8 +15,8 @@ from diff2to3.errors import InputError
 from diff2to3.flow.denoise import Conditions
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.pipeline import ImageTo3D, StageSettings
-from diff2to3.pipeline.parts import some_voxels
 from diff2to3.pipeline.load import Options, load_bundle_network
+from diff2to3.pipeline.parts import some_voxels
 from diff2to3.pipeline.prune import shown
 from diff2to3.types import SparseVoxels
 

@@ -48,7 +48,7 @@ class OccupancyDataConfig:
 
     root: str = MISSING
     photographs: str = "photo"
-    bundle: str = "diff2to3/bundles/mini"
+    bundle: str = "diff2to3/bundles/mini-photo"
     most_lost: float = 0.05
     mirror: bool = True
     color: float = 0.3

@@ -55,7 +55,7 @@ class PhotoLatentDataConfig:
 
     root: str = MISSING
     photolatents: str = "photo"
-    bundle: str = "diff2to3/bundles/mini"
+    bundle: str = "diff2to3/bundles/mini-photo"
     holes: float = 0.3
     validation_assets: int = 32
     loader: LoaderConfig = field(
