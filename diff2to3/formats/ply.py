@@ -256,7 +256,7 @@ def element_columns(path: Path, header: Header, data: bytes, start: int, name: s
         raise InputError(f"{path}: a compressed splat file as text, which no program writes")
     for element in (*header.before, header.vertex, *header.after):
         if element.name == name:
-            if header.vertex is not element and element in header.after:
+            if element in header.after:
                 element.properties = [typed(path, name, *words) for words in element.properties]
             if any(len(kinds) > 1 for _, *kinds in element.properties):
                 raise InputError(f"{path}: the element {name} holds lists; the file is damaged")
@@ -269,6 +269,8 @@ def element_columns(path: Path, header: Header, data: bytes, start: int, name: s
             rows = np.frombuffer(data, layout, element.count, start)
             with np.errstate(invalid="ignore"):
                 return {word: rows[word].astype(np.float64) for word in names}
+        if element in header.after:
+            element.properties = [typed(path, element.name, *words) for words in element.properties]
         start = end_of(path, element, header.order, data, start)
     return {}
 

@@ -103,6 +103,27 @@ def refine(
             return Refined(refined, fit.camera(), (before, fit.error(photo)))
 
 
+class Moved:
+    """A tensor that Adam moves, written out: torch.optim imports torch.compile's front end, which takes a second."""
+
+    BETAS = (0.8, 0.95)
+
+    def __init__(self, value: Tensor, rate: float) -> None:
+        self.value, self.rate, self.steps = value, rate, 0
+        self.mean, self.square = torch.zeros_like(value), torch.zeros_like(value)
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor, share: float) -> None:
+        """One step at ``share`` of the rate."""
+        self.steps += 1
+        first, second = self.BETAS
+        self.mean.lerp_(gradient, 1 - first)
+        self.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        mean = self.mean / (1 - first**self.steps)
+        spread = (self.square / (1 - second**self.steps)).sqrt() + 1e-8
+        self.value -= share * self.rate * mean / spread
+
+
 class Fit:
     """The asset as it was, and what is to be added to it.
 
@@ -250,18 +271,21 @@ class Fit:
         """``steps`` of Adam on the ``chosen``; the rate falls to a tenth along a cosine."""
         c = self.config
         rates = (c.camera_rate, c.warp_rate, c.color_rate, c.opacity_rate, c.shift_rate)
-        groups = [{"params": [p], "lr": rate} for p, rate in zip(self.everything(), rates, strict=True)]
-        groups = [g for g in groups if any(g["params"][0] is p for p in chosen)]  # type: ignore[index]
-        optimizer = torch.optim.Adam(groups, betas=(0.8, 0.95))
+        moved = [
+            Moved(value, rate)
+            for value, rate in zip(self.everything(), rates, strict=True)
+            if any(value is other for other in chosen)
+        ]
         target = shrunk(photo, size)
-        fall = lambda i: 0.1 + 0.45 * (1 + math.cos(math.pi * i / steps))  # noqa: E731
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, fall)
         for step in range(steps):
-            optimizer.zero_grad(set_to_none=True)
             # colours that are right over black and over white are no transparency in disguise
-            loss(target, (0.0, 1.0)[step % 2]).backward()
-            optimizer.step()
-            schedule.step()
+            gradients = torch.autograd.grad(
+                loss(target, (0.0, 1.0)[step % 2]), [m.value for m in moved], allow_unused=True
+            )
+            share = 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps))
+            for one, gradient in zip(moved, gradients, strict=True):
+                if gradient is not None:
+                    one.step(gradient, share)
 
     @torch.no_grad()
     def error(self, photo: Tensor) -> float:
