@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
+from diff2to3.data.loader import LoaderConfig
 from diff2to3.errors import InputError
 from diff2to3.kernels import sparse_conv as _registered  # noqa: F401  (torch.ops.diff2to3.sparse_conv)
 from diff2to3.training.batches import tensors_in
@@ -157,14 +158,14 @@ def _batch(task: Task, config: TrainConfig) -> tuple[Any, tuple[int, int]]:
         if example is None:
             raise
         return example()
-    try:  # tasks on a prepared dataset: one asset
-        data = task.config.data
-        loader = dataclasses.replace(data.loader, max_assets_per_batch=1, num_workers=0)
-        smaller = dataclasses.replace(task.config, data=dataclasses.replace(data, loader=loader))
-        make: Callable[[Any], Task] = type(task)
-        return next(iter(make(smaller).loader(config.seed, 0, 1))), _size(full)
-    except (AttributeError, TypeError):
+    data = getattr(task.config, "data", None)
+    if not isinstance(getattr(data, "loader", None), LoaderConfig):
         return full, _size(full)
+    # Tasks on a prepared dataset: one asset.
+    loader = dataclasses.replace(data.loader, max_assets_per_batch=1, num_workers=0)
+    smaller = dataclasses.replace(task.config, data=dataclasses.replace(data, loader=loader))
+    make: Callable[[Any], Task] = type(task)
+    return next(iter(make(smaller).loader(config.seed, 0, 1))), _size(full)
 
 
 def _size(batch: Any) -> tuple[int, int]:
