@@ -104,7 +104,8 @@ class OccupancyFlow(nn.Module):
         self.to_coarse = nn.Conv3d(fine, coarse, 2, stride=2)
         self.lifted_layer = nn.Conv3d(lifted + 1, coarse, 1)
         self.coarse_blocks = nn.ModuleList(VolumeBlock(coarse, c.time_width) for _ in range(2 * c.num_coarse))
-        self.positions = nn.Parameter(torch.randn(1, (c.resolution // 4) ** 3, coarse) * 0.02)
+        self.positions = nn.Parameter(torch.zeros(1, (c.resolution // 4) ** 3, coarse))
+        nn.init.normal_(self.positions, std=0.02)
         self.token_blocks = nn.ModuleList(
             TokenBlock(coarse, c.num_heads, c.token_channels) for _ in range(c.num_attention)
         )

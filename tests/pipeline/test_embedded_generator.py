@@ -60,13 +60,15 @@ COMMAND = """
 import importlib, sys
 [importlib.import_module(name) for name in sys.argv[3:]]
 from diff2to3.cli import main
-code = main(["generate", sys.argv[1], "-o", sys.argv[2]])
+code = main(["generate", sys.argv[1], "-o", sys.argv[2], "--refine", "0"])
 print(code, "torch._dynamo" in sys.modules)
 """
 
 
 def test_the_command_does_not_wait_for_the_compiler(tmp_path: Path) -> None:
-    """Importing torch._dynamo takes a second; without it the kernels are called another way, and give the same."""
+    """Importing torch._dynamo takes a second; without it the kernels are called another way, and give the same. (The fit
+    to the photo needs the rasteriser's gradients, for which torch imports it.)
+    """
     for name, modules in (("plain", []), ("compiler", ["torch._dynamo"])):
         words = [sys.executable, "-c", COMMAND, EXAMPLES / "suv.png", tmp_path / name, *modules]
         ended = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
