@@ -24,6 +24,7 @@ from diff2to3.types import Gaussians
 class MeshSettings:
     """
     resolution   points of the grid along the object's longest side
+    blur         of the Gaussians, in cells of the grid
     level        opacity of the surface
     num_faces    triangles at most, about
     texture      texels a side, a power of two; 0 for vertex colours only
@@ -32,7 +33,8 @@ class MeshSettings:
     """
 
     resolution: int = 96
-    level: float = 0.6
+    blur: float = 0.7
+    level: float = 0.8
     num_faces: int = 20000
     texture: int = 1024
     num_views: int = 24
@@ -61,7 +63,7 @@ def to_mesh(gaussians: Gaussians, settings: MeshSettings | None = None) -> Textu
     s = settings or MeshSettings()
     if not len(gaussians):
         raise InputError("mesh: there are no Gaussians")
-    grid = opacity_grid(gaussians, s.resolution)
+    grid = opacity_grid(gaussians, s.resolution, s.blur)
     values = fill_inside(grid.values.numpy(), s.level)
     if float(values.max()) < s.level:
         raise InputError(f"mesh: nothing is more opaque than {values.max():.2f}; the level is {s.level}")

@@ -26,7 +26,7 @@ class Grid:
     step: float
 
 
-def opacity_grid(gaussians: Gaussians, resolution: int = 128) -> Grid:
+def opacity_grid(gaussians: Gaussians, resolution: int = 96, blur: float = 0.0) -> Grid:
     """What a point is hidden by: 1 − Π (1 − o_i exp(−½ d² of the point from Gaussian i)), float32.
 
     The grid holds the middle of all but the faintest Gaussians with three standard deviations around them, in cubic
@@ -34,6 +34,8 @@ def opacity_grid(gaussians: Gaussians, resolution: int = 128) -> Grid:
 
     Args:
         gaussians: at least one.
+        blur: standard deviation, in cells, that is added to every Gaussian's. Those of a surface are flatter than a
+            cell, and a grid that samples them as they are finds holes.
     """
     means = gaussians.means.detach().double().cpu()
     rotation = rotation_from_quat(gaussians.quats.detach().double().cpu())
@@ -44,8 +46,11 @@ def opacity_grid(gaussians: Gaussians, resolution: int = 128) -> Grid:
     if not bool(seen.any()):
         seen = torch.ones_like(seen)
     low, high = (means - extent)[seen].min(0).values, (means + extent)[seen].max(0).values
-    step = float((high - low).max()) / (resolution - 3)
-    low = low - step
+    margin = REACH * blur
+    step = float((high - low).max()) / (resolution - 3 - 2 * margin)
+    low, high = low - (1 + margin) * step, high + margin * step
+    variances = variances + (blur * step) ** 2
+    extent = (extent.square() + (margin * step) ** 2).sqrt()
     shape = [int(n) for n in ((high - low) / step).ceil().long() + 2]
     precision = torch.einsum("gij,gj,gkj->gik", rotation, 1 / variances, rotation)
     logs = torch.zeros(shape[0] * shape[1] * shape[2])

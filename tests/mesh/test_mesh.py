@@ -188,6 +188,24 @@ def test_a_hollow_ball_becomes_one_solid(ball) -> None:
     assert np.isfinite(ball.vertices).all() and ball.uvs.min() >= 0 and ball.uvs.max() <= 1
 
 
+def test_gaussians_flatter_than_a_cell_leave_no_holes() -> None:
+    """Sampled as they are they make a sieve, which is open to its inside."""
+    pytest.importorskip("fast_simplification")
+    thick = shell()
+    x, y, z = torch.nn.functional.normalize(thick.means, dim=1).unbind(1)
+    facing = torch.nn.functional.normalize(torch.stack((1 + z, -y, x, 0 * x), 1), dim=1)  # turns z outwards
+    flat = Gaussians(
+        thick.means, facing, torch.tensor([0.02, 0.02, 0.0008]).repeat(3000, 1), thick.opacities, thick.sh
+    )
+
+    def volume(blur: float) -> float:
+        settings = MeshSettings(resolution=40, blur=blur, num_faces=3000, texture=0, num_views=4)
+        mesh = to_mesh(flat, settings)
+        return float(trimesh.Trimesh(mesh.vertices, mesh.faces, process=False).volume)
+
+    assert volume(0.0) < 0.1 < 0.25 < volume(MeshSettings().blur) < 0.36
+
+
 @pytest.mark.parametrize("kind", MESH_FORMATS)
 def test_files_hold_the_shape_and_its_colours(ball, kind: str, tmp_path: Path) -> None:
     files = write_mesh(tmp_path / f"a.{kind}", ball)
