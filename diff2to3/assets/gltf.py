@@ -79,7 +79,7 @@ class Gltf:
         """No accessor can sensibly hold more elements than three corners of every allowed face."""
         return 3 * self.limits.max_faces
 
-    def item(self, collection: str, index: int) -> Json:
+    def item(self, collection: str, index: int | float) -> Json:
         """``json[collection][index]``; InputError when it is not there."""
         items = self.json.get(collection, [])
         if isinstance(index, float) and index.is_integer():  # JSON tells 4.0 from 4 no more than glTF does

@@ -284,7 +284,8 @@ def _split_rows(
     element: Element, numbers: np.ndarray, starts: np.ndarray, ends: np.ndarray
 ) -> dict[str, np.ndarray | Ragged] | None:
     """Properties of rows that lie at ``starts`` to ``ends`` of ``numbers``; None where one is too short."""
-    at, found = starts.astype(np.int64), {}
+    at = starts.astype(np.int64)
+    found: dict[str, np.ndarray | Ragged] = {}
     for p in element.properties:
         if (at >= ends).any():
             return None
@@ -297,7 +298,7 @@ def _split_rows(
             return None
         sizes = lengths.astype(np.int64)
         within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        values: np.ndarray | Ragged = Ragged(numbers[np.repeat(at + 1, sizes) + within], sizes)
+        values = Ragged(numbers[np.repeat(at + 1, sizes) + within], sizes)
         found[p.name] = values
         at = at + 1 + sizes
     return found

@@ -148,7 +148,7 @@ def scaled(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float32)
     finite = values[np.isfinite(values)]
     brightest = float(finite.max(initial=0))
-    whites = (255.0, 65535.0) if image.mode == "F" else (255.0, 1023.0, 4095.0, 65535.0)
+    whites: tuple[float, ...] = (255.0, 65535.0) if image.mode == "F" else (255.0, 1023.0, 4095.0, 65535.0)
     if image.mode == "F" and brightest <= 2:  # some above 1, as renderers write highlights
         whites = (1.0,)
     white = next((white for white in whites if brightest <= white), whites[-1])

@@ -152,8 +152,8 @@ class PhotoStages:
 
     def decode(self, latents: SparseVoxels) -> Gaussians:
         with self.on_device(self.networks.decoder) as decoder:
-            (gaussians,) = decoder(latents)
-        return gaussians  # type: ignore[no-any-return]
+            made: list[Gaussians] = decoder(latents)
+        return made[0]
 
 
 def crop_of(photo: Photo, size: int) -> Tensor:

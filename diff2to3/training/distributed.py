@@ -76,11 +76,13 @@ def joined(device: str | None, timeout: float = 10.0) -> Iterator[World]:
     prompt = datetime.timedelta(minutes=timeout)
     dist.init_process_group(backend, timeout=prompt)
     rank, size = dist.get_rank(), dist.get_world_size()
-    groups = [dist.new_group(backend="gloo", timeout=limit) for limit in (prompt, _PATIENCE, _PATIENCE)]
+    control, patient, storage = [
+        dist.new_group(backend="gloo", timeout=limit) for limit in (prompt, _PATIENCE, _PATIENCE)
+    ]
     alone = [dist.new_group([r], backend="gloo") for r in range(size)][rank]
     mesh = init_device_mesh(place.type, (size,))
     cpu_mesh = mesh if place.type == "cpu" else init_device_mesh("cpu", (size,))
-    yield World(rank, size, place, *groups, alone, mesh, cpu_mesh)
+    yield World(rank, size, place, control, patient, storage, alone, mesh, cpu_mesh)
     dist.destroy_process_group()  # not after an error: it would wait for what the others will never send
 
 

@@ -158,7 +158,7 @@ def _batch(task: Task, config: TrainConfig) -> tuple[Any, tuple[int, int]]:
         if example is None:
             raise
         return example()
-    data = getattr(task.config, "data", None)
+    data: Any = getattr(task.config, "data", None)
     if not isinstance(getattr(data, "loader", None), LoaderConfig):
         return full, _size(full)
     # Tasks on a prepared dataset: one asset.

@@ -66,8 +66,8 @@ print(code, "torch._dynamo" in sys.modules)
 
 
 def test_the_command_does_not_wait_for_the_compiler(tmp_path: Path) -> None:
-    """Importing torch._dynamo takes a second; without it the kernels are called another way, and give the same. (The
-    fit to the photo needs the rasteriser's gradients, for which torch imports it.)
+    """Importing torch._dynamo takes a second; without it the kernels are called another way, and give the same.
+    (The fit to the photo needs the rasteriser's gradients, for which torch imports it.)
     """
     for name, modules in (("plain", []), ("compiler", ["torch._dynamo"])):
         words = [sys.executable, "-c", COMMAND, EXAMPLES / "suv.png", tmp_path / name, *modules]

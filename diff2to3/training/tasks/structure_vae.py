@@ -180,9 +180,13 @@ class StructureVaeTask:
             "structure_latents": {"mean": rows.mean(0).tolist(), "std": rows.std(0).tolist()},
             "structure_resolution": self.config.data.resolution,
         }
-        halves = {"structure_encoder": objective.encoder, "structure_decoder": objective.decoder}
+        module: Any = objective
+        halves: dict[str, Any] = {
+            "structure_encoder": module.encoder,
+            "structure_decoder": module.decoder,
+        }
         networks = {
-            name: NetworkEntry(type(half).__name__, asdict(half.config), f"{name}.safetensors")  # type: ignore
+            name: NetworkEntry(type(half).__name__, asdict(half.config), f"{name}.safetensors")
             for name, half in halves.items()
         }
         tensors = {name: half_tensors(half.state_dict(), name) for name, half in halves.items()}
