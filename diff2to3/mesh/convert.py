@@ -26,6 +26,7 @@ class MeshSettings:
     resolution   points of the grid along the object's longest side
     blur         of the Gaussians, in cells of the grid
     level        opacity of the surface
+    inset        cells by which the surface is moved inwards: blurred Gaussians reach that far beyond what they show
     num_faces    triangles at most, about
     texture      texels a side, a power of two; 0 for vertex colours only
     num_views    pictures that colours are taken from
@@ -35,6 +36,7 @@ class MeshSettings:
     resolution: int = 96
     blur: float = 0.7
     level: float = 0.8
+    inset: float = 0.5
     num_faces: int = 20000
     texture: int = 1024
     num_views: int = 24
@@ -70,6 +72,7 @@ def to_mesh(gaussians: Gaussians, settings: MeshSettings | None = None) -> Textu
     vertices, faces = marching_tetrahedra(values, s.level)
     vertices, faces = large_components(vertices, faces, s.small_part)
     vertices, faces = simplify(vertices, faces, s.num_faces)
+    vertices = vertices - s.inset * vertex_normals(vertices, faces)
     vertices = grid.low.numpy() + vertices * grid.step
     low, high = vertices.min(0), vertices.max(0)
     size = float(np.linalg.norm(high - low)) / 2**0.5
