@@ -11,7 +11,6 @@ cross-entropy on p has the same minimum as the squared error of u.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -182,12 +181,3 @@ def velocity(noisy: Tensor, logits: Tensor, time: Tensor) -> Tensor:
     """u = (z_t - E[z_0 | z_t]) / t; time [B]."""
     t = time.clamp(min=_MIN_TIME).view(-1, 1, 1, 1, 1)
     return (noisy - expected(logits)) / t
-
-
-def occupancy_velocity(flow: OccupancyFlow, photo: LiftedPhoto) -> Callable[[Tensor, Tensor], Tensor]:
-    """The velocity callable of the samplers: (z_t [B, 1, R, R, R], t [B]) → u."""
-
-    def u(noisy: Tensor, time: Tensor) -> Tensor:
-        return velocity(noisy, flow(noisy, time, photo), time)
-
-    return u

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from diff2to3.flow.framing import Framing
 from diff2to3.flow.normalization import Normalization
 from diff2to3.gaussians import combine
 from diff2to3.mesh import MeshSettings, TexturedMesh, to_mesh
-from diff2to3.pipeline.parts import Parts, PhotoParts, some_voxels
+from diff2to3.pipeline.parts import Parts, PhotoParts, some_voxels, visiting
 from diff2to3.pipeline.photo_frame import BACKGROUND, MARGIN, SIZE, PhotoStages, fitted
 from diff2to3.pipeline.photos import Photo, as_it_is, frame_cut_out, frame_like_trellis, prepare
 from diff2to3.pipeline.prune import without_hidden
@@ -427,17 +427,9 @@ class ImageTo3D:
             z = self.latent_normalization.invert(z)
         return voxels.with_feats(z)
 
-    @contextmanager
-    def on_device(self, network: nn.Module) -> Iterator[Any]:
+    def on_device(self, network: nn.Module) -> AbstractContextManager[Any]:
         """The network, on the device; with ``low_memory`` it goes back to the CPU afterwards."""
-        if not self.low_memory:
-            yield network
-            return
-        network.to(self.device)
-        try:
-            yield network
-        finally:
-            network.to("cpu")
+        return visiting(network, self.device, self.low_memory)
 
 
 def clone(container: Any) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,3 +109,16 @@ def some_voxels(logits: Tensor, threshold: float) -> Tensor:
     if int(counts.min()) == 0:
         raise InputError("the structure stage generated no voxel for this input; try another seed")
     return coords
+
+
+@contextmanager
+def visiting(network: nn.Module, device: torch.device, low_memory: bool) -> Iterator[Any]:
+    """The network, on the device; with ``low_memory`` it goes back to the CPU afterwards."""
+    if not low_memory:
+        yield network
+        return
+    network.to(device)
+    try:
+        yield network
+    finally:
+        network.to("cpu")

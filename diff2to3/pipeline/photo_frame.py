@@ -10,8 +10,7 @@ crop [4, 256, 256] ─▶ maps ─▶ PhotoEncoder ─▶ features, camera
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +29,7 @@ from diff2to3.flow.tokens import ImageTokens
 from diff2to3.photo.encoder import PhotoFeatures, PhotoMaps
 from diff2to3.photo.maps import small_rgba, stacked_maps
 from diff2to3.photo.occupancy import LiftedPhoto, OccupancyFlow, velocity
-from diff2to3.pipeline.parts import PhotoParts, some_voxels
+from diff2to3.pipeline.parts import PhotoParts, some_voxels, visiting
 from diff2to3.pipeline.photos import Photo
 from diff2to3.pipeline.refine import RefineConfig, Refined, refine
 from diff2to3.types import Gaussians, SparseVoxels
@@ -74,17 +73,9 @@ class PhotoStages:
             if not self.low_memory:
                 network.to(self.device)
 
-    @contextmanager
-    def on_device(self, network: nn.Module) -> Iterator[Any]:
+    def on_device(self, network: nn.Module) -> AbstractContextManager[Any]:
         """The network, on the device; with ``low_memory`` it goes back to the CPU afterwards."""
-        if not self.low_memory:
-            yield network
-            return
-        network.to(self.device)
-        try:
-            yield network
-        finally:
-            network.to("cpu")
+        return visiting(network, self.device, self.low_memory)
 
     def see(self, photo: Photo) -> SeenPhoto:
         """Encode a photo and predict its camera."""

@@ -184,7 +184,7 @@ class OccupancyObjective(nn.Module):
         data, loss = self.config.data, self.config.loss
         photos, maps = (batch.tensors[name] for name in members(data.photographs))
         shots = Photographs.of(photos, maps, self.deviations, data.most_lost)
-        draw = Draws.of(batch.ids, randomness)
+        draw = Draws(randomness, batch.ids)
         shots = self.varied(shots, draw)
         features = self.encoder(shots.maps)
         elevations, focals = self.cameras(shots, features, draw, randomness.step)
@@ -237,10 +237,6 @@ class Draws:
 
     randomness: Randomness
     ids: tuple[str, ...]
-
-    @staticmethod
-    def of(ids: tuple[str, ...], randomness: Randomness) -> Draws:
-        return Draws(randomness, ids)
 
     def uniform(self, name: str, *shape: int) -> Tensor:
         return torch.stack([torch.rand(shape, generator=self.generator(i, name)) for i in self.ids])
