@@ -57,6 +57,8 @@ def read(data: bytes, name: str) -> tuple[Gaussians, dict[str, Any]]:
     for s in sections:
         need(s.degree <= 3, name, "a section is damaged")
         arrays, at = section_arrays(data, at, s, level, limits, name)
+        if not s.count:
+            continue
         more = ((0, 0), (0, SH_REST[degree] - SH_REST[s.degree]), (0, 0))
         found.append(
             Arrays(*(arrays.means, arrays.quats, arrays.scales, arrays.opacities), np.pad(arrays.sh, more))

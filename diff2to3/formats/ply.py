@@ -243,7 +243,7 @@ def read_vertices(path: Path, header: Header, data: bytes, start: int) -> dict[s
         start = end_of(path, element, header.order, data, start)
     layout = np.dtype([(name, header.order + kind) for name, kind in header.vertex.properties])
     found = max(len(data) - start, 0) // max(layout.itemsize, 1)
-    if found < count:
+    if found < count or start > len(data):
         raise InputError(f"{path}: truncated: {count} vertices expected, {found} found")
     rows = np.frombuffer(data, layout, count, start)
     with np.errstate(invalid="ignore"):  # signalling NaNs
@@ -263,6 +263,8 @@ def element_columns(path: Path, header: Header, data: bytes, start: int, name: s
             names = [word for word, *_ in element.properties]
             if len(set(names)) < len(names):
                 raise InputError(f"{path}: a property of {name} occurs twice")
+            if not names:
+                raise InputError(f"{path}: the element {name} has no properties; the file is damaged")
             layout = np.dtype([(word, header.order + kind) for word, kind in element.properties])
             if start + layout.itemsize * element.count > len(data):
                 raise InputError(f"{path}: truncated in the element {name}")

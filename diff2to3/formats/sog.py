@@ -16,7 +16,6 @@ import io
 import json
 import math
 import zipfile
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -181,10 +180,11 @@ def cluster(rows: np.ndarray, size: int, rounds: int = 5) -> tuple[np.ndarray, n
 
 def read(data: bytes, name: str) -> tuple[Gaussians, dict[str, Any]]:
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            return Reader(archive, name, len(data)).all()
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+    except Exception as error:  # zipfile raises whatever the damage makes it meet
         raise InputError(f"{name}: not a .sog file, or damaged: {error}") from error
+    with archive:
+        return Reader(archive, name, len(data)).all()
 
 
 class Reader:
@@ -201,8 +201,11 @@ class Reader:
         need(
             info.file_size <= bound, self.name, f"{name} claims {info.file_size:,} bytes; the file is damaged"
         )
-        with self.archive.open(info) as file:
-            return file.read(bound)
+        try:
+            with self.archive.open(info) as file:
+                return file.read(bound)
+        except Exception as error:  # zipfile and its decoders raise whatever the damage makes them meet
+            raise InputError(f"{self.name}: {name} in it is damaged: {error}") from error
 
     def all(self) -> tuple[Gaussians, dict[str, Any]]:
         meta = parse_json(self.name, "meta.json", self.file("meta.json", MAX_META))

@@ -67,6 +67,7 @@ def opened(path: str | Path) -> Image.Image:
             if is_heic(path):
                 register_heic()
             image = Image.open(path)
+            animated = image.format in ANIMATED_FORMATS and getattr(image, "n_frames", 1) > 1
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except Image.DecompressionBombError as error:
@@ -80,7 +81,7 @@ def opened(path: str | Path) -> Image.Image:
         )
     elif min(image.size) < MIN_SIDE:
         problem = f"{image.width} × {image.height} pixels are too few; at least {MIN_SIDE} a side"
-    elif image.format in ANIMATED_FORMATS and getattr(image, "n_frames", 1) > 1:
+    elif animated:
         problem = "an animation, not a photo; save one of its frames as a picture"
     if problem:
         image.close()

@@ -293,6 +293,35 @@ def test_anything_at_all_is_one_clear_error(name: str, data: bytes) -> None:
     outcome({"ply": b"ply\n", "glb": b"glTF", "spz": b"NGSP"}.get(name, b"") + data, name)
 
 
+def damaged() -> dict[str, tuple[str, bytes]]:
+    """Files that fuzzing found to raise something else than one clear error."""
+    sog_file = encode(random_gaussians(40), FORMATS["sog"])
+    head = b"ply\nformat binary_little_endian 1.0\n"
+    packed = b"".join(
+        b"property uint packed_%s\n" % x for x in (b"position", b"rotation", b"scale", b"color")
+    )
+    empty = bytearray(4096 + 1024)
+    empty[1], empty[4] = 1, 1
+    struct.pack_into("<H", empty, 4096 + 40, 1)
+    return {
+        "sog whose start is gone": ("sog", sog_file[200:]),
+        "ply whose vertices start beyond its end": (
+            "ply", head + b"element a 900\nproperty int b\nelement vertex 0\nproperty float x\nend_header\n",
+        ),
+        "compressed ply of chunks without properties": (
+            "ply", head + b"element chunk 1\nelement vertex 1\n" + packed + b"end_header\n" + bytes(16),
+        ),
+        "ksplat of an empty section of degree 1": ("ksplat", bytes(empty)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("what", damaged())
+def test_what_fuzzing_found(what: str) -> None:
+    name, data = damaged()[what]
+    with pytest.raises(InputError, match=r"^bad\.file"):
+        decode(data, FORMATS[name], "bad.file")
+
+
 BOMBS = (
     "gzip header of 4 G points",
     "gzip of zeros",

@@ -104,6 +104,16 @@ def test_animations_are_refused(tmp_path, ending):
     assert open_photo(tmp_path / f"still.{ending}").size == (16, 16)
 
 
+def test_a_gif_cut_within_its_second_frame(tmp_path):
+    """Pillow counts the frames with an IndexError."""
+    Image.new("P", (16, 16)).save(tmp_path / "a.gif")
+    data = (tmp_path / "a.gif").read_bytes()
+    (tmp_path / "a.gif").write_bytes(data[:-1] + b"," + bytes(8))
+    for read in (open_photo, check_photo):
+        with pytest.raises(InputError, match=r"a\.gif: not an image that can be read"):
+            read(tmp_path / "a.gif")
+
+
 def test_exif_orientation(tmp_path):
     base = Image.fromarray(np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3))
     exif = Image.Exif()
