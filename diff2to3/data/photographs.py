@@ -88,7 +88,10 @@ class PhotographStage:
                 continue
             shot = shot.placed(frames.depths[0])
             with clock("voxelise"):
-                grid, outside = photo_occupancy(mesh, shot, chosen.resolution)
+                found = photo_occupancy(mesh, shot, chosen.resolution)
+            if found is None:
+                continue
+            grid, outside = found
             depth = surface_depth(torch.from_numpy(frames.depths[0]) * shot.scale, shot, chosen.resolution)
             number = f"{len(lost):03d}"
             with clock("encode"):
@@ -149,15 +152,21 @@ def take_photographs(
     return shots
 
 
-def photo_occupancy(mesh: Mesh, shot: Photograph, resolution: int) -> tuple[np.ndarray, float]:
-    """Voxels bool [R, R, R] of the photo frame that the surface crosses, and the share of them outside the cube."""
+def photo_occupancy(mesh: Mesh, shot: Photograph, resolution: int) -> tuple[np.ndarray, float] | None:
+    """Voxels bool [R, R, R] of the photo frame that the surface crosses, and the share of them outside the cube.
+
+    None where the surface reaches farther out than a grid of MAX_RESOLUTION cells: a long object that is seen along
+    its length, of which the cube holds next to nothing.
+    """
     from diff2to3.views.photo_frame import transformed
-    from diff2to3.voxels.voxelise import voxelise
+    from diff2to3.voxels.voxelise import MAX_RESOLUTION, voxelise
 
     triangles = transformed(mesh.triangles, shot.transform)
     # The surface may leave the cube, so it is voxelised in a larger one whose cells are the same.
     reach = float(np.abs(triangles).max())
     side = resolution + 2 * max(0, math.ceil(reach * resolution - resolution / 2))
+    if side > MAX_RESOLUTION:
+        return None
     cells = voxelise((triangles * (resolution / side)).astype(np.float32), side) - (side - resolution) // 2
     inside = ((cells >= 0) & (cells < resolution)).all(1)
     grid = np.zeros((resolution,) * 3, bool)

@@ -112,3 +112,20 @@ def test_elevations_are_radians(photographed):
     item = photographed.open(photographed.assets()[0], "photographs_photo").tensors("000.safetensors")
     assert math.radians(-12) < float(item["elevation"]) < math.radians(62)
     assert 1.0 <= float(item["focal"]) <= 6.0
+
+
+def test_a_rod_seen_along_its_length_gives_no_photograph_and_no_error():
+    """Its far end lies hundreds of cells behind the cube."""
+    from diff2to3.data.photographs import photo_occupancy
+    from diff2to3.types import Material, Mesh
+    from diff2to3.views.photo_frame import photograph
+
+    trimesh = pytest.importorskip("trimesh", reason="needs the data extra")
+    box = trimesh.creation.box((1.0, 0.02, 0.02))
+    faces = box.faces.astype(np.int32)
+    rod = Mesh(box.vertices.astype(np.float32), faces, np.zeros(len(faces), np.int32), (Material(),))
+    along = photograph(rod.vertices, 0.0, 0.0, 6.0)
+    assert photo_occupancy(rod, along, 32) is None
+    across = photograph(rod.vertices, 90.0, 0.0, 2.0)
+    grid, lost = photo_occupancy(rod, across, 32)
+    assert lost == 0.0 and 20 < grid.sum() < 200

@@ -18,6 +18,7 @@ from diff2to3.errors import InputError
 from diff2to3.flow.efficientnet import EfficientNetConfig, EfficientNetLite
 from diff2to3.tensors import read_tensors
 from diff2to3.training.task import Randomness
+from diff2to3.training.tasks.occupancy import OccupancyRunConfig, OccupancyTask
 from diff2to3.training.tasks.photo_latents import PhotoLatentRunConfig, PhotoLatentTask
 from diff2to3.training.tasks.photo_vae import PhotoVaeRunConfig, PhotoVaeTask
 from diff2to3.vae.config import EncoderConfig
@@ -56,7 +57,7 @@ def prepared(tmp_path_factory):
         "render": {"lighting": {"mode": "unlit"}, "supersample": 1},
         "view_sets": {"input": {"size": 64, "depths": True, "cameras": {"num_views": 8}}},
         "resolutions": [R],
-        "photographs": {"photo": {"num_views": 3, "size": 64, "resolution": R}},
+        "photographs": {"photo": {"num_views": 3, "size": 8 * R, "resolution": R}},
         "maps": {"photo": {"bundle": str(bundle)}},
         "features": {
             "surface": {"provider": "surface", "resolution": R},
@@ -102,6 +103,37 @@ def latent_config(data, bundle, out) -> PhotoLatentRunConfig:
     return config_from_dict(PhotoLatentRunConfig, values, "test")
 
 
+def occupancy_config(data, bundle, out) -> OccupancyRunConfig:
+    values = {
+        "data": {
+            "root": str(data),
+            "bundle": str(bundle),
+            "loader": {"max_assets_per_batch": 3, "num_workers": 0},
+        },
+        "encoder": {"resolution": R},
+        "flow": {"resolution": R},
+        "train": {"out": str(out)},
+    }
+    return config_from_dict(OccupancyRunConfig, values, "test")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stage_1_has_a_finite_loss_and_gradients_in_both_precisions(prepared, tmp_path, precision):
+    config = occupancy_config(*prepared, tmp_path / "run")
+    task = OccupancyTask(config)
+    torch.manual_seed(0)
+    objective = task.objective()
+    batch = first_batch(task, config)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        losses = objective(batch, Randomness(0, 0))
+    losses["loss"].mean().backward()
+    assert bool(torch.isfinite(losses["loss"]).all())
+    # every seventh voxel or so is occupied, which a new network expects of one in thirteen
+    assert 0.1 < float(losses["occupancy"].detach().mean()) < 1.5
+    moved = [float(p.grad.abs().max()) for p in objective.parameters() if p.grad is not None]
+    assert max(moved) > 0 and all(math.isfinite(value) for value in moved)
+
+
 def first_batch(task, config):
     return next(iter(task.loader(config.train.seed, 0, 1)))
 
@@ -145,7 +177,7 @@ def test_latents_are_the_encoders_and_come_with_what_is_seen(prepared):
     torch.testing.assert_close(item["mean"].float(), mean, atol=2e-3, rtol=2e-3)
     maps = store.open(asset, "maps_photo").tensors(name)
     assert all(torch.equal(item[key], maps[key]) for key in ("fine", "coarse", "rgba"))
-    assert item["image"].shape == (8, 8, 8)
+    assert item["image"].shape == (8, R, R)
 
 
 def test_the_autoencoder_learns_and_exports_principal_axes(prepared, tmp_path):

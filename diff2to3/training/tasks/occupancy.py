@@ -137,17 +137,19 @@ class Photographs:
         """From the stored members of B photographs; ``deviations`` [2] of the fine and coarse maps."""
 
         def stack(items: list[dict[str, Tensor]], name: str) -> Tensor:
-            return torch.stack([item[name] for item in items])
+            parts = [item[name] for item in items]
+            # float16 cannot be stacked under bfloat16 autocast on a CPU
+            return torch.stack([part.float() if part.dtype == torch.float16 else part for part in parts])
 
         packed = stack(photos, "occupancy").numpy()
         return Photographs(
             PhotoMaps(
-                stack(maps, "fine").float() / deviations[0],
-                stack(maps, "coarse").float() / deviations[1],
+                stack(maps, "fine") / deviations[0],
+                stack(maps, "coarse") / deviations[1],
                 stack(maps, "rgba").float() / 255,
             ),
             torch.from_numpy(np.unpackbits(packed, axis=-1)).float()[:, None],
-            stack(photos, "depth").float(),
+            stack(photos, "depth"),
             stack(photos, "elevation")[:, 0],
             stack(photos, "focal")[:, 0],
             (stack(photos, "lost")[:, 0] <= most_lost).float(),
