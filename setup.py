@@ -99,6 +99,7 @@ setup(
         "diff2to3.kernels": ["csrc/*.h", "csrc/*/*"],
         "diff2to3": [
             "py.typed",
+            "*.pyi",
             "**/*.yaml",
             "**/*.json",
             "**/*.safetensors",

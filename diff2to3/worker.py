@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-from diff2to3.errors import InputError
+from diff2to3.errors import Diff2to3Error, InputError
 
 R = TypeVar("R")
 
@@ -24,7 +24,7 @@ class WorkerKilled(InputError):
     """The child ended during a call: a crash of native code, or the system short of memory."""
 
 
-class WorkerError(RuntimeError):
+class WorkerError(Diff2to3Error, RuntimeError):
     """A call in a worker failed for a reason that is not bad input; the message carries its traceback."""
 
 

@@ -19,6 +19,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from diff2to3.errors import Diff2to3Error
+
 from . import build, cache
 
 BACKENDS = ("auto", "native", "reference")
@@ -35,7 +37,7 @@ FAILURES = {-1: "out of memory", _TOO_MANY: "too many items for 32-bit indices",
 CPU_LEVELS = (("avx512", 2), ("avx2", 1), ("baseline", 0))
 
 
-class KernelError(RuntimeError):
+class KernelError(Diff2to3Error, RuntimeError):
     """A compiled kernel reported a failure."""
 
 

@@ -19,7 +19,7 @@ SHARED = BASE | STAGES | {"formats", "mesh", "checkpoint", "config", "machine", 
 LAYERS: dict[str, set[str]] = {
     "types": set(),
     "errors": set(),
-    "kernels": set(),
+    "kernels": {"errors"},
     "streams": set(),
     "files": {"errors"},
     "worker": {"errors"},
@@ -40,7 +40,7 @@ LAYERS: dict[str, set[str]] = {
     "doctor": {"kernels", "nn", "errors", "machine"},
     "commands": SHARED | {"data", "pipeline", "web", "doctor"},
     "cli": {"commands", "errors", "streams"},
-    "__init__": SHARED | {"pipeline"},
+    "__init__": SHARED | {"pipeline"},  # what ``import diff2to3`` offers, imported when it is asked for
     "formats": {"gaussians", "types", "errors", "files"},
     "mesh": {"formats", "gaussians", "kernels", "types", "errors", "files"},
 }

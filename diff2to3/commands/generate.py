@@ -39,7 +39,6 @@ from diff2to3.pipeline.outputs import (
     Writer,
     check_turntable,
     describe,
-    turn,
     unwritable,
 )
 from diff2to3.pipeline.photo_files import check_photo, open_photo
@@ -48,7 +47,8 @@ from diff2to3.pipeline.photos import Photo
 if TYPE_CHECKING:
     from PIL import Image
 
-    from diff2to3.pipeline.image_to_3d import ImageTo3D, Result
+    from diff2to3.pipeline.image_to_3d import ImageTo3D
+    from diff2to3.pipeline.result import Result
 
 DEFAULT_MODEL = "mini-photo"
 #: Endings with which --out names a file.
@@ -352,7 +352,7 @@ class Run:
                     "warnings": list(result.notes),
                 }
             )
-            self.sheet.add(task.stem, shown(result), turn(result, 1)[0])
+            self.sheet.add(task.stem, shown(result), result.turntable(1)[0])
         now = time.perf_counter()
         each, self.since = (now - self.since) / len(tasks), now
         for path, task, result in zip(paths, tasks, results, strict=True):

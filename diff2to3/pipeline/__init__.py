@@ -5,6 +5,7 @@ photo ─prepare─▶ picture ─conditioner─▶ tokens ─structure flow─�
 """
 
 from diff2to3.flow.denoise import StageSettings
-from diff2to3.pipeline.image_to_3d import ImageTo3D, Result
+from diff2to3.pipeline.image_to_3d import ImageTo3D
+from diff2to3.pipeline.result import Result
 
 __all__ = ["ImageTo3D", "Result", "StageSettings"]

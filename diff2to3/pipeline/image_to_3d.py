@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -28,17 +29,24 @@ from diff2to3.flow.denoise import (
 from diff2to3.flow.framing import Framing
 from diff2to3.flow.normalization import Normalization
 from diff2to3.gaussians import combine
-from diff2to3.mesh import MeshSettings, TexturedMesh, to_mesh
+from diff2to3.hub import Source
 from diff2to3.pipeline.parts import Parts, PhotoParts, some_voxels, visiting
+from diff2to3.pipeline.photo_files import open_photo
 from diff2to3.pipeline.photo_frame import BACKGROUND, MARGIN, SIZE, PhotoStages, fitted
 from diff2to3.pipeline.photos import Photo, as_it_is, frame_cut_out, frame_like_trellis, prepare
 from diff2to3.pipeline.prune import without_hidden
-from diff2to3.types import Gaussians, SparseVoxels
+from diff2to3.pipeline.result import Result
+from diff2to3.pipeline.share import Shareable
+from diff2to3.types import SparseVoxels
 from diff2to3.vae.sparse_structure import active_voxels, with_one_active
-from diff2to3.views.photo_frame import PhotoCamera
 
-#: A photo, several photos of one object, or a text.
-Prompt = Image.Image | Photo | Sequence[Image.Image | Photo] | str
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+#: One photo: an image, the path of one (a str, too), or one that is ready for the model.
+OnePhoto = Image.Image | Photo | str | Path
+#: A photo, several photos of one object, or a text for models that take text.
+Prompt = OnePhoto | Sequence[OnePhoto]
 
 
 @dataclass(frozen=True)
@@ -49,39 +57,7 @@ class StageConditions:
     latent: Conditions
 
 
-@dataclass(frozen=True)
-class Result:
-    """One generated object.
-
-    latents  as the decoder takes them; with ``mirror`` in stage 2 those of the photo as it is, not of its mirror image
-    coords   int32 [M, 3], sorted: the active voxels, of the mirror image's structure, too
-    seconds  by stage; of the whole batch where several objects were generated at once
-    photos   what the model saw; none for texts
-    frame    what the object stands in: "object", its own frame, or "photo" (diff2to3.views.photo_frame), whose front,
-             the side that the photo shows, faces -y. z is up in both
-    camera   of the photo, in the photo frame; None in the object's
-    """
-
-    gaussians: Gaussians
-    latents: SparseVoxels
-    coords: Tensor
-    seed: int
-    seconds: dict[str, float] = field(default_factory=dict)
-    photos: tuple[Photo, ...] = ()
-    frame: str = "object"
-    camera: PhotoCamera | None = None
-
-    def to_mesh(self, settings: MeshSettings | None = None) -> TexturedMesh:
-        """A textured triangle mesh (:func:`diff2to3.mesh.to_mesh`); write it with ``diff2to3.mesh.write_mesh``."""
-        return to_mesh(self.gaussians, settings)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What looks wrong with the photos, a line each."""
-        return tuple(dict.fromkeys(note for photo in self.photos for note in photo.notes))
-
-
-class ImageTo3D:
+class ImageTo3D(Shareable):
     """A loaded model. ``ImageTo3D.from_pretrained("mini-photo")(image, seed=1)`` gives a :class:`Result`.
 
     ``parts``: see :class:`Parts`, whose fields are attributes here; or :class:`PhotoParts`, for a model of the photo
@@ -117,14 +93,36 @@ class ImageTo3D:
             if not self.low_memory:
                 network.to(self.device)
 
-    @staticmethod
-    def from_pretrained(source: str = "mini-photo", **options: Any) -> ImageTo3D:
+    @classmethod
+    def from_pretrained(cls, source: str = "mini-photo", **options: Any) -> Self:
         """Load an embedded model, a bundle of ours, or a TRELLIS folder or repository; see
         :func:`diff2to3.pipeline.load.load_parts`.
         """
         from diff2to3.pipeline.load import load_parts
 
-        return ImageTo3D(load_parts(source, **options))
+        model = cls(load_parts(source, **options))
+        model.source = Source(source, bool(options.get("offline", False)))
+        return model
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move the model to a device, and the torsos of its networks to a dtype; returns the model."""
+        if dtype is not None:
+            for network in self.all_networks():
+                if hasattr(network, "cast_torso"):
+                    network.cast_torso(dtype)
+        if device is not None:
+            self.device = torch.device(device)
+            if self.photo_stages is not None:
+                self.photo_stages.device = self.device
+            if not self.low_memory:
+                for network in self.all_networks():
+                    network.to(self.device)
+        return self
+
+    def all_networks(self) -> list[Any]:
+        """Every network of the model, those that encode conditions as well."""
+        others = () if self.photo_stages else (self.conditioner, self.structure_conditioner)
+        return [network for network in (*vars(self.networks).values(), *others) if network is not None]
 
     @property
     def frame(self) -> str:
@@ -147,7 +145,7 @@ class ImageTo3D:
         """Generate one object.
 
         Args:
-            prompt: a photo, several photos of one object, or a text for models that take text.
+            prompt: a photo or its path, several photos of one object, or a text for models that take text.
             seed: of the noise, drawn on the CPU in float32, so that it is the same for any device.
             structure, latent: how to sample each stage; as the model says unless given. A stage that the model makes
                 in one step can be made in no other way.
@@ -302,13 +300,15 @@ class ImageTo3D:
 
     def photos(self, prompt: Prompt, prepare: bool, background_removal: str) -> tuple[Photo, ...]:
         """The photos of one object, made ready; none for a text."""
-        if isinstance(prompt, str):
-            if self.kind != "text":
-                raise InputError("prompt: this model takes images, not text")
+        if self.kind == "text":
+            if not isinstance(prompt, str):
+                raise InputError("prompt: this model takes text, not images")
             return ()
-        if self.kind != "image":
-            raise InputError("prompt: this model takes text, not images")
-        given = [prompt] if isinstance(prompt, Image.Image | Photo) else list(prompt)
+        if isinstance(prompt, str) and not Path(prompt).is_file():
+            raise InputError(f"prompt: this model takes images, not text; {prompt}: no such file")
+        one = isinstance(prompt, Image.Image | Photo | str | Path)
+        given: list[Any] = [prompt] if one else list(prompt)  # type: ignore[arg-type]
+        given = [open_photo(item) if isinstance(item, str | Path) else item for item in given]
         if not given:
             raise InputError("prompt: expected at least one image")
         size, background = self.framing.size, self.framing.background

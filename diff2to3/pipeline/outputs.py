@@ -15,24 +15,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from diff2to3 import __version__
 from diff2to3.errors import InputError, MissingDependencyError
-from diff2to3.files import sync_folder, write_atomic
-from diff2to3.formats import FORMATS, Format, encode, find_format
+from diff2to3.files import sync_folder
+from diff2to3.formats import FORMATS, Format, encode
 from diff2to3.formats.comments import CONVENTIONS
 from diff2to3.gaussians.render import EPS2D
 from diff2to3.machine import peak_memory
 from diff2to3.mesh.write import write_mesh
 from diff2to3.pipeline.camera_file import camera_entry
 from diff2to3.pipeline.index import METADATA
-from diff2to3.pipeline.turntable import DEFAULT_VIEWS, turntable
+from diff2to3.pipeline.turntable import DEFAULT_VIEWS
 
 if TYPE_CHECKING:
-    from diff2to3.pipeline.image_to_3d import ImageTo3D, Result
+    from diff2to3.pipeline.image_to_3d import ImageTo3D
+    from diff2to3.pipeline.result import Result
 
 #: What ``--turntable`` takes.
 TURNTABLES = ("png", "gif", "mp4", "none")
@@ -132,12 +132,12 @@ class Writer:
                     seconds["turntable"] = time.perf_counter() - before
                 for name, entry in zip(files, self.formats, strict=True):
                     before = time.perf_counter()
-                    content = encode(result.gaussians, entry, note_of(result), **self.encoding)
+                    content = encode(result.gaussians, entry, result.record(), **self.encoding)
                     (folder / name).write_bytes(content)
                     seconds[entry.name] = time.perf_counter() - before
                 for name in page:
                     before = time.perf_counter()
-                    page_text = result_page(result, stem, note_of(result))
+                    page_text = result_page(result, stem, result.record())
                     (folder / name).write_text(page_text, encoding="utf-8", errors="replace")
                     seconds["viewer"] = time.perf_counter() - before
                 for name, image in cuts.items():
@@ -181,23 +181,11 @@ class FileWriter:
     """
 
     def __init__(self, path: Path, encoding: Mapping[str, Any] | None = None) -> None:
-        self.path, self.format, self.encoding = path, find_format(path), dict(encoding or {})
+        self.path, self.encoding = path, dict(encoding or {})
 
     def write(self, stem: str, result: Result, own: Mapping[str, Any]) -> tuple[Path, list[str]]:
-        try:
-            write_atomic(self.path, encode(result.gaussians, self.format, note_of(result), **self.encoding))
-        except OSError as error:
-            raise unwritable(self.path, error) from error
+        result.save(self.path, **self.encoding)
         return self.path, [self.path.name]
-
-
-def note_of(result: Result) -> dict[str, Any]:
-    """What the files say about themselves."""
-    return {
-        "generator": f"diff2to3 {__version__}",
-        "seed": result.seed,
-        "screen_filter": EPS2D,
-    }
 
 
 def describe(name: str, model: ImageTo3D, device: torch.device) -> dict[str, Any]:
@@ -236,14 +224,7 @@ def cut_outs(stem: str, result: Result) -> dict[str, Image.Image]:
 def draw(path: Path, result: Result) -> None:
     from diff2to3.gaussians.pictures import write_frames
 
-    write_frames(path, turn(result, DEFAULT_VIEWS[path.suffix]))
-
-
-def turn(result: Result, num_views: int) -> np.ndarray:
-    """Frames uint8 [V, R, R, 3] of one turn around a result that starts where its photo was taken."""
-    from diff2to3.web.viewer import home_of
-
-    return turntable(result.gaussians, num_views, RESOLUTION, azimuth=home_of(result).azimuth)
+    write_frames(path, result.turntable(DEFAULT_VIEWS[path.suffix], RESOLUTION))
 
 
 def result_page(result: Result, name: str, note: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from diff2to3.errors import InputError
 from diff2to3.hub import Source
 from diff2to3.pipeline.image_to_3d import Clock, clone
 from diff2to3.pipeline.load import DTYPES, Options, load_bundle_network
+from diff2to3.pipeline.share import Shareable
 from diff2to3.types import Gaussians, Mesh, SparseVoxels, Views
 from diff2to3.vae.decoder import Decoder
 from diff2to3.vae.encoder import Encoder
@@ -35,6 +36,9 @@ from diff2to3.voxels.lift import lift_features
 from diff2to3.voxels.providers import SURFACE, FeatureProvider, build_provider
 from diff2to3.voxels.surface import CHANNELS as SURFACE_CHANNELS
 from diff2to3.voxels.voxelise import voxelise
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class StructureNetworks:
     decoder: StructureDecoder
 
 
-class Reconstructor:
+class Reconstructor(Shareable):
     """A loaded 2to3-VAE. ``Reconstructor.from_pretrained("mini")(mesh)`` gives a :class:`Reconstruction`.
 
     providers  one a feature set; None stands for surface statistics
@@ -162,15 +166,16 @@ class Reconstructor:
         for network in parts:
             network.eval().requires_grad_(False).to(self.device)
 
-    @staticmethod
+    @classmethod
     def from_pretrained(
-        source: str,
+        cls,
+        source: str = "mini",
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         offline: bool = False,
         weights: Mapping[str, str] | None = None,
-    ) -> Reconstructor:
+    ) -> Self:
         """Load the VAE of a bundle: an embedded model's name, a folder, or a hub repository.
 
         ``weights`` are of feature providers, by name: a local file or folder, or a hub name, instead of the
@@ -196,7 +201,7 @@ class Reconstructor:
         structure = None
         if "structure_encoder" in networks and "structure_decoder" in networks:
             structure = StructureNetworks(networks["structure_encoder"], networks["structure_decoder"])
-        return Reconstructor(
+        model = cls(
             networks["encoder"],
             networks["decoder"],
             providers,
@@ -204,6 +209,25 @@ class Reconstructor:
             structure=structure,
             device=device,
         )
+        model.source = place
+        return model
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move the model to a device, and the torsos of its networks to a dtype; returns the model."""
+        for network in self.all_networks():
+            if dtype is not None and hasattr(network, "cast_torso"):
+                network.cast_torso(dtype)
+            if device is not None:
+                network.to(device)
+        if device is not None:
+            self.device = torch.device(device)
+        return self
+
+    def all_networks(self) -> list[Any]:
+        """The 2to3-VAE's networks, the sparse-structure VAE's, and those that compute features."""
+        structure = [] if self.structure is None else [self.structure.encoder, self.structure.decoder]
+        features = [p for p in self.providers if isinstance(p, nn.Module)]
+        return [self.encoder, self.decoder, *structure, *features]
 
     @torch.no_grad()
     def __call__(self, mesh: Mesh, *, name: str = "", renderer: MeshRenderer | None = None) -> Reconstruction:

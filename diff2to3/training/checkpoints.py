@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from diff2to3.checkpoint import read_json
-from diff2to3.errors import InputError
+from diff2to3.errors import Diff2to3Error, InputError
 from diff2to3.files import file_sha256, sync_folder, write_atomic
 from diff2to3.training import distributed
 from diff2to3.training.distributed import World
@@ -32,7 +32,7 @@ _INFO = "checkpoint.json"
 _VERSION = 1
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Diff2to3Error, RuntimeError):
     """A checkpoint could not be written; the message names the last good one."""
 
 

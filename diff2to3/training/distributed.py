@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from diff2to3.errors import InputError
+from diff2to3.errors import Diff2to3Error, InputError
 from diff2to3.machine import best_device
 
 #: Long enough for rank 0 to validate, or all to write a checkpoint, while the others wait.
@@ -124,7 +124,7 @@ def gathered(value: Any, world: World, group: Any = None) -> list[Any]:
     return box
 
 
-class ElsewhereError(RuntimeError):
+class ElsewhereError(Diff2to3Error, RuntimeError):
     """Another process failed, and says why."""
 
 

@@ -14,13 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
+from diff2to3.errors import Diff2to3Error
 from diff2to3.files import write_atomic
 from diff2to3.tensors import save_tensors
 from diff2to3.training.batches import tensors_in
 from diff2to3.training.state import TrainState
 
 
-class NotFiniteError(RuntimeError):
+class NotFiniteError(Diff2to3Error, RuntimeError):
     """A loss or gradient is NaN or infinite. The message has the step, the assets and the saved batch."""
 
 

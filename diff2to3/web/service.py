@@ -28,7 +28,8 @@ from diff2to3.web.uploads import decode_mask, decode_photo
 from diff2to3.web.viewer import home_of, seen_picture
 
 if TYPE_CHECKING:
-    from diff2to3.pipeline.image_to_3d import ImageTo3D, Result
+    from diff2to3.pipeline.image_to_3d import ImageTo3D
+    from diff2to3.pipeline.result import Result
 
 MAX_SEEDS = 4
 MAX_STEPS = 200

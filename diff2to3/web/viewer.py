@@ -24,7 +24,7 @@ from diff2to3.views.photo_frame import PhotoCamera
 from diff2to3.web.payload import pack
 
 if TYPE_CHECKING:
-    from diff2to3.pipeline.image_to_3d import Result
+    from diff2to3.pipeline.result import Result
 
 #: Longest side of the photo inside the page.
 PHOTO_SIDE = 512
