@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # In a checkout that is run without being installed, the kernels lie beside this folder instead of inside it.
 if not (Path(__file__).parent / "kernels").is_dir():

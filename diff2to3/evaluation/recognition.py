@@ -147,7 +147,7 @@ def described(network: MapNetwork, pictures: Tensor) -> Tensor:
     alphas = pictures[..., 3]
     # the pictures hold their grey background already
     _, coarse = stacked_maps(network, pictures[..., :3], torch.ones_like(alphas))
-    weights = F.adaptive_avg_pool2d(alphas[:, None], coarse.shape[-2:])
+    weights = F.adaptive_avg_pool2d(alphas[:, None], (int(coarse.shape[-2]), int(coarse.shape[-1])))
     return (coarse * weights).sum((2, 3)) / weights.sum((2, 3)).clamp(min=1e-6)
 
 
