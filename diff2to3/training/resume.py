@@ -102,7 +102,9 @@ def only_process(out: Path, world: World) -> Iterator[None]:
 
 @torch.no_grad()
 def initialize(objective: nn.Module, source: Path, world: World) -> None:
-    """Weights from a bundle's networks of the same names, or from a run's averages. All processes call this."""
+    """Weights from a bundle's networks of the same names, and what normalises their inputs there; or a run's averages.
+    All processes call this.
+    """
     if (source / MODEL_FILE).is_file():
         _from_bundle(objective, source)
     elif (source / "checkpoints").is_dir():
@@ -122,6 +124,11 @@ def _from_bundle(objective: nn.Module, folder: Path) -> None:
     for name in shared:
         path = folder / info.networks[name].file
         load_strictly(networks[name], read_tensors(path), path)
+    if hasattr(objective, "adopt"):
+        try:
+            objective.adopt(info.settings)  # type: ignore[operator]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{folder / MODEL_FILE}: settings do not fit this run: {error}") from error
 
 
 def _from_run(objective: nn.Module, folder: Path, world: World) -> None:

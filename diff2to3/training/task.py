@@ -61,7 +61,9 @@ class Task(Protocol):
         """The networks with their loss, on the CPU.
 
         Called with the global generator seeded from ``train.seed``. ``forward(batch, randomness)`` returns
-        losses an item: name -> [B]. "loss" is minimised, the others are logged.
+        losses an item: name -> [B]. "loss" is minimised, the others are logged. Its networks have their names
+        in bundles, so that ``init_from`` finds them; an optional ``adopt(settings)`` takes over what else of a
+        bundle they depend on.
         """
         ...
 

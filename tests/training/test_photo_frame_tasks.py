@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diff2to3.checkpoint import BundleInfo, NetworkEntry, read_bundle, save_bundle
+from diff2to3.checkpoint import BundleInfo, NetworkEntry, merge_bundles, read_bundle, save_bundle
 from diff2to3.config import config_from_dict
 from diff2to3.data.executors import InlineExecutor
 from diff2to3.data.loader import TrainLoader
@@ -17,6 +17,9 @@ from diff2to3.data.store import AssetStore
 from diff2to3.errors import InputError
 from diff2to3.flow.efficientnet import EfficientNetConfig, EfficientNetLite
 from diff2to3.tensors import read_tensors
+from diff2to3.training.config import TrainConfig
+from diff2to3.training.distributed import World
+from diff2to3.training.run import build
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.occupancy import OccupancyRunConfig, OccupancyTask
 from diff2to3.training.tasks.photo_latents import PhotoLatentRunConfig, PhotoLatentTask
@@ -106,14 +109,17 @@ def latent_config(data, bundle, out) -> PhotoLatentRunConfig:
 def occupancy_config(data, bundle, out) -> OccupancyRunConfig:
     values = {
         "data": {
-            "root": str(data),
-            "bundle": str(bundle),
-            "loader": {"max_assets_per_batch": 3, "num_workers": 0},
+            "root": str(data), "bundle": str(bundle), "loader": {"max_assets_per_batch": 3, "num_workers": 0},
         },
-        "encoder": {"resolution": R},
-        "flow": {"resolution": R},
+        "encoder": {
+            "resolution": R, "widths": [8, 8, 16], "plane_channels": 4, "frustum_channels": 2, "depth_bins": 6,
+        },
+        "flow": {
+            "resolution": R, "fine_width": 8, "coarse_width": 16, "num_coarse": 1, "time_width": 16,
+            "plane_channels": 4, "frustum_channels": 2, "token_channels": 16,
+        },
         "train": {"out": str(out)},
-    }
+    }  # fmt: skip
     return config_from_dict(OccupancyRunConfig, values, "test")
 
 
@@ -232,13 +238,78 @@ def test_stage_2_learns_and_exports(prepared, tmp_path):
     assert {"latents", "image_latents", "fine_maps", "coarse_maps", "frame"} <= set(info.settings)
     assert set(info.networks) == {"latent_flow", "image_encoder"}
     stored = read_tensors(tmp_path / "bundle" / "latent_flow.safetensors")
-    assert set(stored) == set(objective.network.state_dict())
+    assert set(stored) == set(objective.latent_flow.state_dict())
+
+
+def test_stage_1_learns_and_exports(prepared, tmp_path):
+    data, bundle = prepared
+    config = occupancy_config(data, bundle, tmp_path)
+    task = OccupancyTask(config)
+    torch.manual_seed(0)
+    objective = task.objective()
+    batch = first_batch(task, config)
+    optimizer = torch.optim.Adam(objective.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        out = objective(batch, Randomness(0, 0))
+        optimizer.zero_grad()
+        out["loss"].mean().backward()
+        optimizer.step()
+        losses.append({name: float(value.detach().mean()) for name, value in out.items()})
+    assert losses[-1]["loss"] == pytest.approx(
+        20 * losses[-1]["occupancy"] + 0.25 * losses[-1]["depth"] + 0.2 * losses[-1]["camera"], rel=1e-5
+    )
+    assert losses[-1]["occupancy"] < 0.8 * losses[0]["occupancy"]
+    assert all(0 <= value < 90 for value in task.validate(objective).values())
+    task.export(objective, tmp_path / "bundle")
+    assert set(read_bundle(tmp_path / "bundle").networks) == {"photo_maps", "photo_encoder", "occupancy_flow"}
+
+
+@pytest.mark.parametrize("stage", ["occupancy", "latents"])
+def test_a_run_that_begins_with_a_bundle_has_its_loss(stage, prepared, tmp_path):
+    """Of weights in float16 and of statistics that are not the data set's, beside a network of another role."""
+    data, bundle = prepared
+    if stage == "occupancy":
+        task = OccupancyTask(occupancy_config(data, bundle, tmp_path))
+    else:
+        task = PhotoLatentTask(latent_config(data, bundle, tmp_path))
+    torch.manual_seed(5)
+    trained = task.objective()
+    for parameter in trained.parameters():
+        parameter.data.normal_(std=0.1).copy_(parameter.half())
+    for buffer in trained.buffers():
+        buffer.mul_(1.5)
+    task.export(trained, tmp_path / "trained")
+    whole = tmp_path / "whole"  # with the 2to3-VAE's ``encoder``
+    info, tensors = merge_bundles([tmp_path / "trained", bundle], replace=True)
+    save_bundle(whole, info, tensors)
+    state, _ = build(
+        task, TrainConfig(out=str(tmp_path), init_from=str(whole)), World(0, 1, torch.device("cpu"))
+    )
+    batch = first_batch(task, task.config)
+    with torch.no_grad():
+        wanted = trained(batch, Randomness(0, 1))["loss"]
+        found = state.objective(batch, Randomness(0, 1))["loss"]
+        other = task.objective()(batch, Randomness(0, 1))["loss"]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+    assert float((other - wanted).abs().min()) > 0.01
+
+
+def test_settings_that_do_not_fit_are_named(prepared, tmp_path):
+    data, bundle = prepared
+    task = OccupancyTask(occupancy_config(data, bundle, tmp_path))
+    task.export(task.objective(), tmp_path / "trained")
+    path = tmp_path / "trained" / "model.json"
+    path.write_text(path.read_text().replace("map_deviations", "deviations"))
+    config = TrainConfig(out=str(tmp_path), init_from=str(tmp_path / "trained"))
+    with pytest.raises(InputError, match=r"model\.json: settings do not fit this run: 'map_deviations'"):
+        build(task, config, World(0, 1, torch.device("cpu")))
 
 
 def test_an_item_without_its_photo_sees_nothing_of_it(prepared, tmp_path):
     data, bundle = prepared
     objective = PhotoLatentTask(latent_config(data, bundle, tmp_path)).objective()
-    torch.nn.init.normal_(objective.network.out_layer.weight)
+    torch.nn.init.normal_(objective.latent_flow.out_layer.weight)
     loader = TrainLoader(
         data, PhotoLatentTask(latent_config(data, bundle, tmp_path)).loader(0, 0, 1).config, seed=0
     )

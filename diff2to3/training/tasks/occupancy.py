@@ -7,7 +7,6 @@ maps of a photograph ─▶ PhotoEncoder ─▶ features, lifted at a camera ─
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,14 @@ from diff2to3.config import MISSING
 from diff2to3.data.loader import LoaderConfig, TrainLoader
 from diff2to3.data.store import AssetStore
 from diff2to3.errors import InputError
+from diff2to3.flow.matching import noised
 from diff2to3.photo.encoder import PhotoEncoder, PhotoEncoderConfig, PhotoMaps, camera_loss, depth_loss
 from diff2to3.photo.occupancy import OccupancyFlow, OccupancyFlowConfig
 from diff2to3.tensors import half_tensors, read_tensors
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
+from diff2to3.training.tasks.photo_frame import Draws, ShownConfig, shown_cameras, shown_photos, shown_times
+from diff2to3.training.tasks.vae_objective import sum_weighted
 
 #: Probabilities above which a voxel counts as occupied when validation measures what one step from noise gives.
 THRESHOLD = 0.35
@@ -62,29 +64,17 @@ class OccupancyDataConfig:
 
 
 @dataclass(frozen=True)
-class OccupancyLossConfig:
+class OccupancyLossConfig(ShownConfig):
     """Weights of the losses, and what the flow is shown.
 
     occupancy       cross-entropy of the occupancy, a voxel
     depth, camera   of the photo encoder
-    time_mean, time_std  logit-normal times (P3.3)
-    pure_noise      share of the items at t = 1, where a sampler starts
-    dropout         share of the items without their photo, for guidance
-    elevation_noise, focal_noise  deviations of the camera that features are lifted at: degrees, log
-    exact_camera    share of the items without that noise
     predicted       share of the items lifted at the predicted camera, after a quarter of the steps
     """
 
     occupancy: float = 20.0
     depth: float = 0.25
     camera: float = 0.2
-    time_mean: float = 1.0
-    time_std: float = 1.2
-    pure_noise: float = 0.3
-    dropout: float = 0.1
-    elevation_noise: float = 4.0
-    focal_noise: float = 0.15
-    exact_camera: float = 0.3
     predicted: float = 0.5
 
 
@@ -139,16 +129,17 @@ class Photographs:
         def stack(items: list[dict[str, Tensor]], name: str) -> Tensor:
             parts = [item[name] for item in items]
             # float16 cannot be stacked under bfloat16 autocast on a CPU
-            return torch.stack([part.float() if part.dtype == torch.float16 else part for part in parts])
+            parts = [part.float() if part.dtype == torch.float16 else part for part in parts]
+            return torch.stack(parts).to(deviations.device)
 
-        packed = stack(photos, "occupancy").numpy()
+        packed = stack(photos, "occupancy").cpu().numpy()
         return Photographs(
             PhotoMaps(
                 stack(maps, "fine") / deviations[0],
                 stack(maps, "coarse") / deviations[1],
                 stack(maps, "rgba").float() / 255,
             ),
-            torch.from_numpy(np.unpackbits(packed, axis=-1)).float()[:, None],
+            torch.from_numpy(np.unpackbits(packed, axis=-1)).float()[:, None].to(deviations.device),
             stack(photos, "depth"),
             stack(photos, "elevation")[:, 0],
             stack(photos, "focal")[:, 0],
@@ -170,43 +161,42 @@ class Photographs:
 
 
 class OccupancyObjective(nn.Module):
-    """Both networks and the loss. forward(batch, randomness) → losses by name, each [B]."""
+    """Both networks, named as in bundles, and the loss. forward(batch, randomness) → losses by name, each [B]."""
 
     deviations: Tensor
 
     def __init__(self, config: OccupancyRunConfig, deviations: Tensor) -> None:
         super().__init__()
-        self.encoder, self.flow = PhotoEncoder(config.encoder), OccupancyFlow(config.flow)
-        self.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.flow.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.photo_encoder, self.occupancy_flow = PhotoEncoder(config.encoder), OccupancyFlow(config.flow)
+        self.photo_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.occupancy_flow.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.config = config
         self.register_buffer("deviations", deviations)
+
+    def adopt(self, settings: dict[str, Any]) -> None:
+        """Divide maps by what a bundle's networks were trained with."""
+        self.deviations.copy_(torch.tensor(settings["map_deviations"]))
 
     def forward(self, batch: Any, randomness: Randomness) -> dict[str, Tensor]:
         data, loss = self.config.data, self.config.loss
         photos, maps = (batch.tensors[name] for name in members(data.photographs))
         shots = Photographs.of(photos, maps, self.deviations, data.most_lost)
-        draw = Draws(randomness, batch.ids)
+        draw = Draws(randomness, batch.ids, self.deviations.device)
         shots = self.varied(shots, draw)
-        features = self.encoder(shots.maps)
+        features = self.photo_encoder(shots.maps)
         elevations, focals = self.cameras(shots, features, draw, randomness.step)
-        lifted = self.flow.lift(features, shots.maps.rgba, elevations, focals)
-        time = torch.sigmoid(loss.time_mean + loss.time_std * draw.normal("time"))
-        time = torch.where(draw.uniform("pure") < loss.pure_noise, 1.0, time)
-        t = time[:, None, None, None, None]
-        noisy = (1 - t) * (2 * shots.occupancy - 1) + t * draw.noise(shots.occupancy.shape[1:])
-        kept = lifted.kept((draw.uniform("dropout") >= loss.dropout).float())
-        logits = self.flow(noisy, time, kept)
+        lifted = self.occupancy_flow.lift(features, shots.maps.rgba, elevations, focals)
+        time = shown_times(loss, draw)
+        noise = draw.normal("noise", *shots.occupancy.shape[1:])
+        noisy = noised(2 * shots.occupancy - 1, noise, time.view(-1, 1, 1, 1, 1))
+        logits = self.occupancy_flow(noisy, time, lifted.kept(shown_photos(loss, draw)))
         entropy = F.binary_cross_entropy_with_logits(logits, shots.occupancy, reduction="none")
         out = {
             "occupancy": entropy.mean((1, 2, 3, 4)) * shots.weights,
             "depth": depth_loss(features, shots.depth),
             "camera": camera_loss(features, shots.elevations, shots.focals),
         }
-        out["loss"] = (
-            loss.occupancy * out["occupancy"] + loss.depth * out["depth"] + loss.camera * out["camera"]
-        )
-        return out
+        return {"loss": sum_weighted(out, loss), **out}
 
     def varied(self, shots: Photographs, draw: Draws) -> Photographs:
         """Mirrored, with other colours and other gains of the maps."""
@@ -223,34 +213,12 @@ class OccupancyObjective(nn.Module):
     def cameras(self, shots: Photographs, features: Any, draw: Draws, step: int) -> tuple[Tensor, Tensor]:
         """What features are lifted at: the true camera, a noisy one, or the predicted one."""
         loss = self.config.loss
-        noisy = (draw.uniform("exact") >= loss.exact_camera).float()
-        elevations = shots.elevations + noisy * math.radians(loss.elevation_noise) * draw.normal("elevation")
-        focals = shots.focals * torch.exp(noisy * loss.focal_noise * draw.normal("focal"))
+        elevations, focals = shown_cameras(loss, draw, shots.elevations, shots.focals)
         if step >= self.config.train.steps / 4:
             predicted = draw.uniform("predicted") < loss.predicted
             elevations = torch.where(predicted, features.elevations().detach(), elevations)
             focals = torch.where(predicted, features.focals().detach(), focals)
         return elevations, focals
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Random numbers of a batch, each of them from its asset, the step and a name."""
-
-    randomness: Randomness
-    ids: tuple[str, ...]
-
-    def uniform(self, name: str, *shape: int) -> Tensor:
-        return torch.stack([torch.rand(shape, generator=self.generator(i, name)) for i in self.ids])
-
-    def normal(self, name: str, *shape: int) -> Tensor:
-        return torch.stack([torch.randn(shape, generator=self.generator(i, name)) for i in self.ids])
-
-    def noise(self, shape: torch.Size) -> Tensor:
-        return self.normal("noise", *shape)
-
-    def generator(self, asset_id: str, name: str) -> torch.Generator:
-        return self.randomness.generator(asset_id, name)
 
 
 def members(photographs: str) -> tuple[str, str]:
@@ -277,8 +245,8 @@ class OccupancyTask:
         return torch.tensor(squares).mean(0).sqrt()
 
     def blocks(self, objective: nn.Module) -> list[nn.Module]:
-        encoder: Any = objective.encoder
-        flow: Any = objective.flow
+        encoder: Any = objective.photo_encoder
+        flow: Any = objective.occupancy_flow
         planes = (
             encoder.fine_down, encoder.half_down, encoder.quarter_blocks, encoder.token_blocks, encoder.half_up,
             encoder.fine_up,
@@ -293,7 +261,7 @@ class OccupancyTask:
 
     def samples(self, objective: nn.Module, randomness: Randomness) -> dict[str, Tensor]:
         """Voxels of photographs seen along y (as in the photo), x and z: the true ones above, what is found below."""
-        shots = self.validation(8)
+        shots = self.validation(objective, 8)
         likely = one_step(objective, shots)
         rows = []
         for grid in (shots.occupancy, likely):
@@ -306,18 +274,18 @@ class OccupancyTask:
     def validate(self, objective: nn.Module) -> dict[str, float]:
         """IoU of one step from noise at the predicted camera, and the camera's median error in degrees and in log."""
         module: Any = objective
-        shots = self.validation(self.config.data.validation_assets)
+        shots = self.validation(objective, self.config.data.validation_assets)
         likely = one_step(objective, shots) > THRESHOLD
         true = shots.occupancy > 0.5
         both, either = (likely & true).flatten(1).sum(1), (likely | true).flatten(1).sum(1)
-        features = module.encoder(shots.maps)
+        features = module.photo_encoder(shots.maps)
         return {
             "iou": float((both / either.clamp(min=1)).mean()),
             "elevation_error": float((features.elevations() - shots.elevations).abs().rad2deg().median()),
             "focal_error": float((features.focals().log() - shots.focals.log()).abs().median()),
         }
 
-    def validation(self, count: int) -> Photographs:
+    def validation(self, objective: nn.Module, count: int) -> Photographs:
         """The first photograph of ``count`` assets of split ``val``, spread evenly over it."""
         data = self.config.data
         stages = [name.partition("/")[0] for name in members(data.photographs)]
@@ -329,7 +297,8 @@ class OccupancyTask:
         parts = [
             [store.open(asset, stage).tensors("000.safetensors") for asset in chosen] for stage in stages
         ]
-        return Photographs.of(parts[0], parts[1], self.deviations())
+        module: Any = objective
+        return Photographs.of(parts[0], parts[1], module.deviations)
 
     def export(self, objective: nn.Module, folder: Path) -> None:
         """Both networks in float16, the frozen map network, and what sampling needs to know."""
@@ -341,7 +310,10 @@ class OccupancyTask:
         entry = source.networks["photo_maps"]
         tensors = {"photo_maps": read_tensors(Path(data.bundle) / entry.file)}
         networks = {"photo_maps": replace(entry, file="photo_maps.safetensors")}
-        for name, network in (("photo_encoder", module.encoder), ("occupancy_flow", module.flow)):
+        for name, network in (
+            ("photo_encoder", module.photo_encoder),
+            ("occupancy_flow", module.occupancy_flow),
+        ):
             networks[name] = NetworkEntry(
                 type(network).__name__, asdict(network.config), f"{name}.safetensors"
             )
@@ -360,8 +332,8 @@ def one_step(objective: nn.Module, shots: Photographs) -> Tensor:
     found = []
     for i in range(len(shots.focals)):
         maps = PhotoMaps(*(part[i : i + 1] for part in (shots.maps.fine, shots.maps.coarse, shots.maps.rgba)))
-        features = module.encoder(maps)
-        lifted = module.flow.lift(features, maps.rgba, features.elevations(), features.focals())
-        noise = torch.randn(shots.occupancy[i : i + 1].shape, generator=generator)
-        found.append(module.flow(noise, torch.ones(1), lifted).sigmoid())
+        features = module.photo_encoder(maps)
+        lifted = module.occupancy_flow.lift(features, maps.rgba, features.elevations(), features.focals())
+        noise = torch.randn(shots.occupancy[i : i + 1].shape, generator=generator).to(maps.rgba)
+        found.append(module.occupancy_flow(noise, torch.ones(1, device=noise.device), lifted).sigmoid())
     return torch.cat(found)

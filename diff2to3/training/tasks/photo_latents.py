@@ -26,11 +26,13 @@ from diff2to3.data.store import AssetStore
 from diff2to3.errors import InputError
 from diff2to3.flow.config import LatentSMDiTConfig
 from diff2to3.flow.matching import noised, squared_error, target_velocity
+from diff2to3.flow.normalization import Normalization, Statistics
 from diff2to3.flow.smdit import LatentSMDiT
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.tensors import half_tensors, read_tensors
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
+from diff2to3.training.tasks.photo_frame import Draws, ShownConfig, shown_cameras, shown_photos, shown_times
 from diff2to3.types import SparseVoxels
 from diff2to3.views.photo_frame import PhotoCamera
 from diff2to3.voxels.lift_photo import lift_photo
@@ -39,7 +41,8 @@ from diff2to3.voxels.lift_photo import lift_photo
 NORMALISED = {"mean": "latents", "image": "image_latents", "fine": "fine_maps", "coarse": "coarse_maps"}
 #: Times at which validation measures the loss.
 VALIDATION_TIMES = (1.0, 0.7, 0.4)
-LEAST_FOCAL, LEAST_VOXELS = 0.6, 30
+#: Fewer voxels than these are not left by a hole.
+LEAST_VOXELS = 30
 
 
 @dataclass(frozen=True)
@@ -66,22 +69,12 @@ class PhotoLatentDataConfig:
 
 
 @dataclass(frozen=True)
-class PhotoLatentLossConfig:
-    """What the flow is shown.
-
-    time_mean, time_std  logit-normal times (P3.3)
-    pure_noise           share of the items at times between 0.96 and 1, where a sampler starts
-    dropout              share of the items without their photo, for guidance
-    elevation_noise, focal_noise  deviations of the camera that features are lifted at: degrees, log
-    exact_camera         share of the items without that noise
-    """
+class PhotoLatentLossConfig(ShownConfig):
+    """What the flow is shown."""
 
     time_mean: float = 0.6
-    time_std: float = 1.2
     pure_noise: float = 0.12
-    dropout: float = 0.1
-    elevation_noise: float = 4.0
-    focal_noise: float = 0.15
+    pure_from: float = 0.96
     exact_camera: float = 0.25
 
 
@@ -96,30 +89,31 @@ class PhotoLatentRunConfig:
 
 
 class PhotoLatentObjective(nn.Module):
-    """The network and its loss. forward(batch, randomness) → losses by name, each [B]."""
+    """The network, by its name in a bundle, and its loss. forward(batch, randomness) → losses by name, each [B]."""
 
-    def __init__(self, config: PhotoLatentRunConfig, known: dict[str, dict[str, list[float]]]) -> None:
+    def __init__(self, config: PhotoLatentRunConfig, known: dict[str, Statistics]) -> None:
         super().__init__()
-        self.config, self.known = config, known
+        self.config = config
         self.member = f"photolatents_{config.data.photolatents}/*.safetensors"
-        self.network = LatentSMDiT(config.model)
-        for name, values in known.items():
-            for key in ("mean", "std"):
-                self.register_buffer(f"{name}_{key}", torch.tensor(values[key]), persistent=False)
+        self.latent_flow = LatentSMDiT(config.model)
+        self.normalizations = nn.ModuleDict({name: Normalization(values) for name, values in known.items()})
+
+    def adopt(self, settings: dict[str, Any]) -> None:
+        """Normalise as a bundle's network was trained with."""
+        for name, own in self.normalizations.items():
+            own.load_state_dict(Normalization(settings[name]).state_dict())
 
     def forward(self, batch: Any, randomness: Randomness) -> dict[str, Tensor]:
         loss, items = self.config.loss, batch.tensors[self.member]
-        generators = [randomness.generator(i) for i in batch.ids]
-        chosen = [self.varied(item, g) for item, g in zip(items, generators, strict=True)]
-        cameras = [self.camera(item, g) for item, g in zip(items, generators, strict=True)]
-        draws = torch.stack([torch.rand(3, generator=g) for g in generators])
-        normal = torch.stack([torch.randn((), generator=g) for g in generators])
-        t = torch.sigmoid(loss.time_mean + loss.time_std * normal)
-        t = torch.where(draws[:, 0] < loss.pure_noise, 1 - 0.04 * draws[:, 1], t)
-        latents, image, lifted = self.inputs(chosen, cameras, draws[:, 2] >= loss.dropout)
-        noise = torch.cat([torch.randn(len(i["coords"]), latents.feats.shape[1], generator=g) for i, g in
-                           zip(chosen, generators, strict=True)])  # fmt: skip
-        return {"loss": self.errors(latents, image, lifted, t, noise.to(latents.feats))}
+        draw = Draws(randomness, batch.ids, next(self.parameters()).device)
+        chosen = [
+            self.varied(item, draw.generator(i, "holes")) for i, item in zip(batch.ids, items, strict=True)
+        ]
+        true = (torch.cat([item[name] for item in items]).to(draw.device) for name in ("elevation", "focal"))
+        cameras = cameras_of(*shown_cameras(loss, draw, *true))
+        latents, image, lifted = self.inputs(chosen, cameras, shown_photos(loss, draw))
+        noise = draw.rows("noise", [len(item["coords"]) for item in chosen], latents.feats.shape[1])
+        return {"loss": self.errors(latents, image, lifted, shown_times(loss, draw), noise)}
 
     def errors(
         self, latents: SparseVoxels, image: ImageTokens, lifted: Tensor, t: Tensor, noise: Tensor
@@ -129,7 +123,7 @@ class PhotoLatentObjective(nn.Module):
         t = t.to(noise)
         rows = torch.repeat_interleave(t, latents.cu_seqlens.diff().long())[:, None]
         noisy = latents.with_feats(noised(latents.feats, noise, rows))
-        velocity = self.network(noisy, t, image, lifted=lifted)
+        velocity = self.latent_flow(noisy, t, image, lifted=lifted)
         error = squared_error(velocity, target_velocity(latents.feats, noise), latents.cu_seqlens)
         return error * ((1 - t).square() + t.square())
 
@@ -137,7 +131,7 @@ class PhotoLatentObjective(nn.Module):
         self, items: Sequence[dict[str, Tensor]], cameras: Sequence[PhotoCamera], kept: Tensor
     ) -> tuple[SparseVoxels, ImageTokens, Tensor]:
         """Latents, image tokens and lifted features of a batch; nothing of the photo where ``kept`` [B] is false."""
-        model, device = self.config.model, next(self.network.parameters()).device
+        model, device = self.config.model, next(self.parameters()).device
         coords, feats, maps, lifted = [], [], [], []
         for b, item in enumerate(items):
             coords.append(F.pad(item["coords"].int(), (1, 0), value=b).to(device))
@@ -163,9 +157,7 @@ class PhotoLatentObjective(nn.Module):
 
     def normalised(self, values: Tensor, name: str) -> Tensor:
         """Rows [N, C] or a map [C, h, w] of about unit variance, float32."""
-        shape = (-1,) if values.ndim == 2 else (-1, 1, 1)
-        mean, std = (getattr(self, f"{name}_{key}").view(shape) for key in ("mean", "std"))
-        normal: Tensor = (values.float() - mean) / std
+        normal: Tensor = self.normalizations[name](values.float(), 1 if values.ndim == 2 else 0)
         return normal
 
     def varied(self, item: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
@@ -178,19 +170,16 @@ class PhotoLatentObjective(nn.Module):
             centre = coords[min(int(where * len(coords)), len(coords) - 1)]
             kept = (coords - centre).norm(dim=1) >= 2 + 5 * radius
         else:
-            kept = torch.rand(len(coords), generator=generator) > 0.15
+            kept = (torch.rand(len(coords), generator=generator) > 0.15).to(coords.device)
         if int(kept.sum()) < LEAST_VOXELS:
             return item
         return {**item, "coords": item["coords"][kept], "mean": item["mean"][kept]}
 
-    def camera(self, item: dict[str, Tensor], generator: torch.Generator) -> PhotoCamera:
-        """The photograph's, or one as wrong as a predicted one."""
-        loss = self.config.loss
-        exact = float(torch.rand((), generator=generator)) < loss.exact_camera
-        elevation, focal = (0.0 if exact else x for x in torch.randn(2, generator=generator).tolist())
-        degrees = math.degrees(float(item["elevation"])) + loss.elevation_noise * elevation
-        length = float(item["focal"]) * math.exp(loss.focal_noise * focal)
-        return PhotoCamera(min(max(degrees, -80.0), 80.0), max(length, LEAST_FOCAL))
+
+def cameras_of(elevations: Tensor, focals: Tensor) -> list[PhotoCamera]:
+    """Of B photographs; radians and crop sides [B]."""
+    pairs = zip(elevations.tolist(), focals.tolist(), strict=True)
+    return [PhotoCamera(math.degrees(elevation), focal) for elevation, focal in pairs]
 
 
 class PhotoLatentTask:
@@ -203,7 +192,7 @@ class PhotoLatentTask:
     def objective(self) -> PhotoLatentObjective:
         return PhotoLatentObjective(self.config, self.statistics())
 
-    def statistics(self) -> dict[str, dict[str, list[float]]]:
+    def statistics(self) -> dict[str, Statistics]:
         """Mean and deviation of every channel over the training split, by their keys in a bundle."""
         store = AssetStore(self.config.data.root, [self.stage])
         assets = store.assets("train")
@@ -213,7 +202,7 @@ class PhotoLatentTask:
         return {key: statistics([info[name] for info in infos]) for name, key in NORMALISED.items()}
 
     def blocks(self, objective: nn.Module) -> list[nn.Module]:
-        network: Any = objective.network
+        network: Any = objective.latent_flow
         return [*network.double_blocks, *network.single_blocks]
 
     def loader(self, seed: int, rank: int, world_size: int) -> TrainLoader:
@@ -235,8 +224,8 @@ class PhotoLatentTask:
         for i in range(count):
             stored = store.open(assets[i * len(assets) // count], self.stage)
             item = stored.tensors(sorted(stored.entry.members)[0])
-            camera = PhotoCamera(math.degrees(float(item["elevation"])), float(item["focal"]))
-            latents, image, lifted = objective.inputs([item], [camera], torch.ones(1, dtype=torch.bool))
+            cameras = cameras_of(item["elevation"], item["focal"])
+            latents, image, lifted = objective.inputs([item], cameras, torch.ones(1, dtype=torch.bool))
             noise = torch.randn(latents.feats.shape, generator=torch.Generator().manual_seed(i))
             for t in VALIDATION_TIMES:
                 error = objective.errors(latents, image, lifted, torch.tensor([t]), noise.to(latents.feats))
@@ -253,13 +242,14 @@ class PhotoLatentTask:
         entry = info.networks[IMAGE_ENCODER]
         networks = {
             "latent_flow": NetworkEntry(
-                "LatentSMDiT", config_to_dict(objective.network.config), "latent_flow.safetensors"
+                "LatentSMDiT", config_to_dict(objective.latent_flow.config), "latent_flow.safetensors"
             ),
             IMAGE_ENCODER: replace(entry, file=f"{IMAGE_ENCODER}.safetensors"),
         }
         tensors = {
-            "latent_flow": half_tensors(objective.network.state_dict(), "latent_flow"),
+            "latent_flow": half_tensors(objective.latent_flow.state_dict(), "latent_flow"),
             IMAGE_ENCODER: read_tensors(place / entry.file),
         }
-        settings = {"frame": "photo", **objective.known}
+        known: Any = objective.normalizations
+        settings = {"frame": "photo", **{name: own.statistics() for name, own in known.items()}}
         save_bundle(folder, BundleInfo("flow", networks, settings, license="MIT"), tensors)
