@@ -45,9 +45,20 @@ class TextureBudget:
         """As :meth:`decode`, from an image that Pillow has opened and not yet decoded."""
         self.limits.check(f"pixels in {name}", image.width * image.height, "max_texture_pixels")
         pixels = self._to_rgba(image, name)
+        self.count(pixels)
+        return pixels
+
+    def count(self, pixels: np.ndarray) -> None:
+        """Take in what another texture holds. InputError where all together are over the limit."""
         self.num_bytes += pixels.nbytes
         self.limits.check("bytes of textures", self.num_bytes, "max_texture_bytes")
-        return pixels
+
+    @staticmethod
+    def resized(values: np.ndarray, width: int, height: int) -> np.ndarray:
+        """uint8 [H, W] at another size."""
+        from PIL import Image
+
+        return np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR))
 
     def _to_rgba(self, image: Image.Image, name: str) -> np.ndarray:
         from PIL import Image

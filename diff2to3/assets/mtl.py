@@ -1,6 +1,8 @@
-"""Wavefront MTL: materials of OBJ files. Every statement but Kd, map_Kd, d, Tr and Ke is ignored.
+"""Wavefront MTL: materials of OBJ files. Every statement but Kd, d, Tr, Ke and the textures of Kd, d and Ke is ignored.
 
-Kd is linear, as Blender's importer takes it. A texture stands in place of Kd, which many exporters leave black.
+Kd is linear, as Blender's importer takes it. map_Kd stands in place of Kd, which many exporters leave black; map_d and
+map_Ke are multiplied by d and Ke unless those are 0. A picture of map_d says how opaque the surface is by its alpha
+where it has any, else by its brightness, or by the channel that -imfchan names.
 """
 
 from __future__ import annotations
@@ -22,6 +24,11 @@ _MAP_OPTIONS = {
     "-blendu": 1, "-blendv": 1, "-bm": 1, "-boost": 1, "-cc": 1, "-clamp": 1, "-imfchan": 1, "-mm": 2,
     "-o": 3, "-s": 3, "-t": 3, "-texres": 1, "-type": 1,
 }  # fmt: skip
+_FOLLOWED = {"map_kd": {"-s", "-o", "-clamp"}, "map_ke": {"-s", "-o", "-clamp"},
+             "map_d": {"-s", "-o", "-clamp", "-imfchan"}}  # fmt: skip
+_SHOWN = {"map_kd": "map_Kd", "map_ke": "map_Ke", "map_d": "map_d"}
+#: Brightness of linear RGB (ITU-R BT.709).
+_LUMINANCE = (0.2126, 0.7152, 0.0722)
 #: Options that may leave out their last numbers.
 _VECTOR_OPTIONS = ("-o", "-s", "-t", "-mm")
 #: CIE XYZ -> linear sRGB (IEC 61966-2-1), for "Kd xyz".
@@ -39,6 +46,15 @@ class TextureMap:
         """float64 [P, 2] with v up -> float32 [P, 2] with v down."""
         u, v = (uvs[:, i] * self.scale[i] + self.offset[i] for i in range(2))
         return np.stack([u, 1 - v], 1).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Surface:
+    """A material, and how its textures lie: of colour and opacity, and of emission."""
+
+    material: Material
+    where: TextureMap = TextureMap()
+    emissive_where: TextureMap = TextureMap()
 
 
 def name_of(text: bytes) -> str:
@@ -80,7 +96,7 @@ class MaterialLibrary:
         self.budget = budget
         self._resolve, self._notes = resolve, notes
         self._blocks: dict[str, _Block] = {}
-        self._materials: dict[str, tuple[Material, TextureMap]] = {}
+        self._surfaces: dict[str, Surface] = {}
         self._pixels: dict[str, np.ndarray] = {}
 
     def add(self, data: bytes, folder: str) -> None:
@@ -97,32 +113,44 @@ class MaterialLibrary:
             else:
                 block.said[name_of(words[0]).lower()] = words[1].strip()
 
-    def material(self, key: bytes) -> tuple[Material, TextureMap] | None:
-        """The material that ``usemtl`` names and how its texture lies on it, or None."""
+    def surface(self, key: bytes) -> Surface | None:
+        """The material that ``usemtl`` names, or None."""
         for name in _without_comment(name_of(key)):
             if name in self._blocks:
-                if name not in self._materials:
-                    self._materials[name] = self._read(name, self._blocks[name])
-                return self._materials[name]
+                if name not in self._surfaces:
+                    self._surfaces[name] = self._read(name, self._blocks[name])
+                return self._surfaces[name]
         return None
 
-    def _read(self, name: str, block: _Block) -> tuple[Material, TextureMap]:
-        texture, where = None, TextureMap()
+    def _read(self, name: str, block: _Block) -> Surface:
+        texture, where = self._texture(name, block, "map_kd")
         if "map_kd" in block.said:
-            texture, where = self._texture(name, block)
             color = NO_MATERIAL[:3] if texture is None else (1.0, 1.0, 1.0)
         else:
             color = self._color(name, block, "Kd", NO_MATERIAL[:3])
         alpha = self._alpha(name, block.said)
+        cut, cut_where = self._texture(name, block, "map_d")
+        if cut is not None and texture is not None and cut_where != where:
+            self._notes.append(f"material {name!r}: map_d lies in another way than map_Kd, left out")
+        elif cut is not None:
+            texture, where = self._with_opacity(texture, cut, block), cut_where
+            alpha = alpha or 1.0
+        else:
+            cut = None
+        emissive, emissive_where = self._texture(name, block, "map_ke")
+        glow = self._color(name, block, "Ke", (0.0, 0.0, 0.0))
+        if "map_ke" in block.said:  # without its picture it is not known what glows
+            glow = (0.0, 0.0, 0.0) if emissive is None else glow if any(glow) else (1.0, 1.0, 1.0)
         material = Material(
             name=name,
             base_color_factor=(*color, alpha),
             base_color_texture=texture,
-            emissive_factor=self._color(name, block, "Ke", (0.0, 0.0, 0.0)),
-            alpha_mode="BLEND" if alpha < 1 else "OPAQUE",
+            emissive_factor=glow,
+            emissive_texture=emissive,
+            alpha_mode="BLEND" if alpha < 1 or cut is not None else "OPAQUE",
             double_sided=True,
         )
-        return material, where
+        return Surface(material, where, emissive_where)
 
     def _color(
         self, name: str, block: _Block, key: str, default: tuple[float, float, float]
@@ -159,14 +187,18 @@ class MaterialLibrary:
             return min(1 - found[0], 1.0)
         return 1.0
 
-    def _texture(self, name: str, block: _Block) -> tuple[Texture | None, TextureMap]:
-        options, rest = _map_options(block.said["map_kd"])
-        ignored = sorted(set(options) - {"-s", "-o", "-clamp"})
+    def _texture(self, name: str, block: _Block, key: str) -> tuple[Texture | None, TextureMap]:
+        if key not in block.said:
+            return None, TextureMap()
+        shown = _SHOWN[key]
+        options, rest = _map_options(block.said[key])
+        ignored = sorted(set(options) - _FOLLOWED[key])
         if ignored:
-            self._notes.append(f"material {name!r}: options {', '.join(ignored)} of map_Kd are not followed")
+            self._notes.append(f"material {name!r}: options {', '.join(ignored)} of {shown} are not followed")
         found = find_name(rest, self._resolve, block.folder)
         if found is None:
-            self._notes.append(f"material {name!r}: no texture {name_of(rest)[:80]!r}, drawn grey")
+            instead = "drawn grey" if key == "map_kd" else f"{shown} is left out"
+            self._notes.append(f"material {name!r}: no texture {name_of(rest)[:80]!r}, {instead}")
             return None, TextureMap()
         path, data = found
         if path not in self._pixels:
@@ -176,6 +208,32 @@ class MaterialLibrary:
         return Texture(self._pixels[path], (wrap, wrap)), TextureMap(
             scale, _vector(options.get("-o", []), 0.0)
         )
+
+    def _with_opacity(self, texture: Texture | None, cut: Texture, block: _Block) -> Texture:
+        """The colours of ``texture``, or white, and the opacity of ``cut``."""
+        options, _ = _map_options(block.said["map_d"])
+        channel = b"".join(options.get("-imfchan", [])).lower().decode("latin-1")
+        opacity = _scalar(cut.pixels, channel)
+        if texture is None:
+            pixels, wrap = np.full_like(cut.pixels, 255), cut.wrap
+        else:
+            pixels, wrap = texture.pixels.copy(), texture.wrap
+            if opacity.shape != pixels.shape[:2]:
+                opacity = self.budget.resized(opacity, pixels.shape[1], pixels.shape[0])
+        pixels[..., 3] = opacity
+        self.budget.count(pixels)
+        return Texture(pixels, wrap)
+
+
+def _scalar(pixels: np.ndarray, channel: str) -> np.ndarray:
+    """uint8 [H, W] of uint8 [H, W, 4]: the channel that -imfchan names ("m" is matte, ours alpha), else alpha where
+    there is any, else brightness.
+    """
+    if channel in ("r", "g", "b"):
+        return pixels[..., "rgb".index(channel)]
+    if channel == "m" or (channel != "l" and int(pixels[..., 3].min()) < 255):
+        return pixels[..., 3]
+    return (pixels[..., :3] @ np.array(_LUMINANCE) + 0.5).astype(np.uint8)
 
 
 def are_bytes(colors: np.ndarray) -> bool:

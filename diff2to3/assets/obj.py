@@ -18,7 +18,7 @@ import numpy as np
 
 from diff2to3.assets.images import TextureBudget
 from diff2to3.assets.limits import Limits
-from diff2to3.assets.mtl import MaterialLibrary, TextureMap, are_bytes, find_name, name_of
+from diff2to3.assets.mtl import MaterialLibrary, Surface, are_bytes, find_name, name_of
 from diff2to3.assets.parts import NO_MATERIAL, Part, decode_srgb
 from diff2to3.assets.polygons import triangulate
 from diff2to3.assets.source import Resolver
@@ -71,9 +71,9 @@ def read_obj(data: bytes, resolve: Resolver, limits: Limits) -> tuple[list[Part]
     for key, faces in said.faces.items():
         if not faces.sizes:
             continue
-        found = library.material(key)
+        found = library.surface(key)
         if found is None:
-            found = Material(name_of(key), plain, double_sided=True), TextureMap()
+            found = Surface(Material(name_of(key), plain, double_sided=True))
             if key and said.libraries:
                 notes.append(f"material {name_of(key)!r} is in no material file, drawn grey")
         parts.append(_part(faces, arrays, colors, found, notes))
@@ -185,7 +185,7 @@ def _part(
     faces: _Faces,
     arrays: Sequence[np.ndarray],
     colors: np.ndarray | None,
-    found: tuple[Material, TextureMap],
+    found: Surface,
     notes: list[str],
 ) -> Part:
     """Cut polygons into triangles and weld equal corners into vertices.
@@ -193,7 +193,7 @@ def _part(
     ``arrays`` are positions, texture coordinates and normals. Corners without a UV read (0, 0); without a normal,
     flat. An index of a UV or normal that is not there counts as none.
     """
-    material, texture_map = found
+    material = found.material
     corners = np.array(faces.corners, np.int64)
     if int(corners[:, 0].max()) >= len(arrays[0]):
         raise InputError(f"a face refers to vertex {int(corners[:, 0].max()) + 1} of {len(arrays[0])}")
@@ -209,10 +209,13 @@ def _part(
         notes.append(f"{num_fans} polygons that are not convex have too many corners and are drawn as fans")
     rows, index = np.unique(corners[triangles.reshape(-1)], axis=0, return_inverse=True)
     has_uv, has_normal = rows[:, 1] >= 0, rows[:, 2] >= 0
-    part_uvs = part_normals = None
-    if material.base_color_texture is not None:
+    part_uvs = emissive_uvs = part_normals = None
+    if material.base_color_texture is not None or material.emissive_texture is not None:
         if has_uv.any():
-            part_uvs = texture_map.apply(np.where(has_uv[:, None], uvs[rows[:, 1]], 0))
+            corner_uvs = np.where(has_uv[:, None], uvs[rows[:, 1]], 0)
+            part_uvs = found.where.apply(corner_uvs)
+            if material.emissive_texture is not None and found.emissive_where != found.where:
+                emissive_uvs = found.emissive_where.apply(corner_uvs)
         else:
             notes.append(f"material {material.name!r} has a texture and its faces no texture coordinates")
     if has_normal.any():
@@ -224,4 +227,5 @@ def _part(
         normals=part_normals,
         uvs=part_uvs,
         colors=None if colors is None else colors[rows[:, 0]],
+        emissive_uvs=emissive_uvs,
     )

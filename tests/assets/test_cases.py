@@ -248,6 +248,70 @@ def test_kd_in_xyz_and_to_255(tmp_path):
     np.testing.assert_allclose(bytes_.base_color_factor, [1, 0, 0.2, 1])
 
 
+def textured(folder: Path, library: str, **pictures: np.ndarray) -> Mesh:
+    """The textured cube with a material library that says ``library``, and pictures uint8 [H, W, 3 or 4]."""
+    for name, pixels in pictures.items():
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    (folder / "m.mtl").write_text("newmtl a\n" + library)
+    (folder / "m.obj").write_bytes(TEXTURED.replace(b"materials/m.mtl", b"m.mtl"))
+    return load_mesh(folder / "m.obj")
+
+
+def test_map_d_is_the_opacity_of_the_texture(tmp_path):
+    color = np.zeros((4, 4, 3), np.uint8)
+    color[:] = BLUE
+    mask = np.zeros((4, 4, 3), np.uint8)
+    mask[:, 2:] = 255
+    material = textured(tmp_path, "map_Kd color.png\nmap_d mask.png\n", color=color, mask=mask).materials[0]
+    pixels = material.base_color_texture.pixels
+    np.testing.assert_array_equal(pixels[..., :3], color)
+    np.testing.assert_array_equal(pixels[..., 3], mask[..., 0])
+    assert material.alpha_mode == "BLEND"
+
+
+@pytest.mark.parametrize(
+    "option, expected",
+    [("", 40), ("-imfchan r ", 200), ("-imfchan g ", 100), ("-imfchan m ", 40), ("-imfchan l ", 118)],
+)
+def test_the_channel_that_holds_opacity(tmp_path, option, expected):
+    """Alpha where there is any, else brightness: 0.2126 · 200 + 0.7152 · 100 + 0.0722 · 50 = 117.7."""
+    mask = np.zeros((2, 2, 4), np.uint8)
+    mask[:] = (200, 100, 50, 40)
+    material = textured(tmp_path, f"Kd 1 1 1\nmap_d {option}mask.png\n", mask=mask).materials[0]
+    assert (material.base_color_texture.pixels[..., 3] == expected).all()
+    opaque = textured(tmp_path, "Kd 1 1 1\nmap_d mask.png\n", mask=mask[..., :3]).materials[0]
+    assert (opaque.base_color_texture.pixels[..., 3] == 118).all()
+
+
+def test_map_d_of_another_size_is_resized_and_one_that_is_missing_left_out(tmp_path):
+    color, mask = np.full((8, 8, 3), 90, np.uint8), np.full((2, 2, 3), 128, np.uint8)
+    mesh = textured(tmp_path, "map_Kd color.png\nmap_d mask.png\n", color=color, mask=mask)
+    assert (mesh.materials[0].base_color_texture.pixels[..., 3] == 128).all()
+    mesh = textured(tmp_path, "map_Kd color.png\nmap_d gone.png\n")
+    assert mesh.materials[0].alpha_mode == "OPAQUE"
+    assert any("map_d is left out" in note for note in mesh.notes)
+    mesh = textured(tmp_path, "map_Kd color.png\nmap_d -s 2 2 1 mask.png\n")
+    assert any("map_d lies in another way" in note for note in mesh.notes)
+
+
+def test_map_ke_glows_by_its_own_picture_and_coordinates(tmp_path):
+    color, glow = np.full((2, 2, 3), 90, np.uint8), np.full((2, 2, 3), 200, np.uint8)
+    mesh = textured(
+        tmp_path, "map_Kd color.png\nKe 0 0 0\nmap_Ke -s 2 2 1 glow.png\n", color=color, glow=glow
+    )
+    material = mesh.materials[0]
+    assert material.emissive_factor == (1.0, 1.0, 1.0)  # a Ke of 0 beside a picture is an exporter's default
+    assert (material.emissive_texture.pixels[..., :3] == 200).all()
+    # v is turned around on the way in: 1 - v of the scaled coordinates
+    np.testing.assert_allclose(mesh.emissive_uvs[:, 0], 2 * mesh.uvs[:, 0], atol=1e-6)
+    np.testing.assert_allclose(1 - mesh.emissive_uvs[:, 1], 2 * (1 - mesh.uvs[:, 1]), atol=1e-6)
+    material = textured(tmp_path, "Ke 0.5 0.25 1\nmap_Ke glow.png\n").materials[0]
+    assert material.emissive_factor == (0.5, 0.25, 1.0)
+    missing = textured(tmp_path, "Kd 1 1 1\nKe 1 1 1\nmap_Ke gone.png\n")
+    assert missing.materials[0].emissive_factor == (0.0, 0.0, 0.0)
+    assert any("map_Ke is left out" in note for note in missing.notes)
+
+
 @pytest.mark.parametrize(
     ("said", "alpha"),
     [("Tr 1", 1), ("Tr 1.0", 1), ("Tr 0", 1), ("Tr 0.25", 0.75), ("d 0.5\nTr 1", 0.5), ("d -halo 0.5", 0.5)],
