@@ -5,7 +5,8 @@
 
 A single photo says nothing about depth, and nothing about what it does not see. So nothing moves along the rays: the
 warp is the same at every depth, and Gaussians shift across them only. What the photo does not see keeps its opacity,
-and takes over how the visible surface nearby has changed its colour, so that no seam is left. What projects beside the
+and takes over how the visible surface nearby has changed its colour, so that no seam is left; its own colours are made
+quiet (:mod:`diff2to3.pipeline.hidden`). What projects beside the
 photo's silhouette may turn transparent, whether it was visible or not.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from diff2to3.gaussians.render import EPS2D, render
 from diff2to3.kernels.rasterize import blending_weights
+from diff2to3.pipeline.hidden import HiddenConfig, grid_sums, quiet_hidden
 from diff2to3.types import Gaussians
 from diff2to3.vae.losses import blur, ssim
 from diff2to3.views.photo_frame import PhotoCamera
@@ -39,6 +41,7 @@ class RefineConfig:
     size        longest side in pixels that the photo is compared at in the last phase
     rates       learning rates: camera (in its spreads), warp and shift (units of the frame), colour, opacity (logits)
     shift       most that a Gaussian moves on its own, in units of the frame
+    hidden      how the colours of what the photo does not see are made quiet
     """
 
     steps: int = 45
@@ -49,6 +52,7 @@ class RefineConfig:
     opacity_rate: float = 0.15
     shift_rate: float = 0.0015
     shift: float = 0.012
+    hidden: HiddenConfig = field(default_factory=HiddenConfig)
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -99,7 +103,7 @@ def refine(
         fit.see(photo)
         fit.run(photo, config.size, config.steps - first, fit.paint, fit.everything())
         with torch.no_grad():
-            refined = fit.gaussians(spread=True)
+            refined = quiet_hidden(fit.gaussians(spread=True), fit.seen, config.hidden)
             return Refined(refined, fit.camera(), (before, fit.error(photo)))
 
 
@@ -314,18 +318,7 @@ def place_of(means: Tensor, camera: PhotoCamera) -> Tensor:
     return 0.5 + camera.focal * seen[:, :2] / seen[:, 2:].clamp(min=1e-6)
 
 
-def around(means: Tensor, change: Tensor, weights: Tensor, cells: int = 16, reach: float = 2.5) -> Tensor:
-    """A weighted mean of ``change`` [G, C] around every point, which falls to 0 where nothing with weight is near.
-
-    Sums over a grid of ``cells``³, blurred by a Gaussian of ``reach`` cells.
-    """
-    cell = ((means + 0.5) * cells).floor().clamp(0, cells - 1).long()
-    index = (cell[:, 0] * cells + cell[:, 1]) * cells + cell[:, 2]
-    sums = means.new_zeros(cells**3, change.shape[1] + 1)
-    sums.index_add_(0, index, torch.cat([change * weights[:, None], weights[:, None]], 1))
-    line = torch.exp(-0.5 * (torch.arange(cells, device=means.device) / reach).square())
-    mix = line[(torch.arange(cells)[:, None] - torch.arange(cells)[None]).abs()].to(means)
-    smooth = torch.einsum("ai,bj,ck,ijkn->abcn", mix, mix, mix, sums.view(cells, cells, cells, -1)).flatten(
-        0, 2
-    )
-    return (smooth[:, :-1] / (smooth[:, -1:] + 4.0))[index]
+def around(means: Tensor, change: Tensor, weights: Tensor, reach: float = 2.5) -> Tensor:
+    """A weighted mean of ``change`` [G, C] around every point, which falls to 0 where nothing with weight is near."""
+    sums = grid_sums(means, change, weights, (reach, reach, reach))
+    return sums[:, :-1] / (sums[:, -1:] + 4.0)
