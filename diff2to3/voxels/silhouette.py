@@ -41,7 +41,7 @@ def fit_silhouette(logits: Tensor, alpha: Tensor, camera: CropCamera, threshold:
     pixels = F.interpolate(alpha[None, None].float(), size=(2 * side, 2 * side), mode="area")
     near = F.max_pool2d(pixels, 3, 1, 1)[0]
     outside = (place < 0).any(1) | (place >= 1).any(1)
-    allowed = outside | (sample(near, place)[:, 0] > 0.3)
+    allowed = torch.where(outside, cut_off(alpha), sample(near, place)[:, 0] > 0.3)
     occupied = (logits.flatten() > threshold) & allowed
     solid = F.avg_pool2d(pixels, 2)[0, 0].flatten() > 0.5
     missing = solid & ~covered(cells[occupied], camera, side)
@@ -53,6 +53,12 @@ def fit_silhouette(logits: Tensor, alpha: Tensor, camera: CropCamera, threshold:
     best = best.scatter_reduce(0, index, smooth.where(allowed, -torch.inf), "amax")
     wanted = F.pad(missing, (0, 1))[index] & (smooth == best[index]) & allowed
     return (occupied | wanted).view(side, side, side)
+
+
+def cut_off(alpha: Tensor) -> Tensor:
+    """Whether the object goes on beyond the crop [S, S]: bool, no axes. Only then may voxels project beside it."""
+    border = torch.cat([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]])
+    return (border > 0.5).any()
 
 
 def covered(cells: Tensor, camera: CropCamera, side: int) -> Tensor:

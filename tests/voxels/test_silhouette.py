@@ -79,3 +79,17 @@ def test_wrong_shapes_are_named() -> None:
         fit_silhouette(torch.zeros(4, 4, 3), disc(), CAMERA)
     with pytest.raises(ValueError, match="alpha: expected"):
         fit_silhouette(torch.zeros(R, R, R), torch.ones(R - 1, R - 1), CAMERA)
+
+
+def test_nothing_lies_beside_the_crop_unless_the_object_goes_on_there() -> None:
+    """A near camera sees only the middle of the cube; a whole object has no voxels that its photo would not show."""
+    near = PhotoCamera(0.0, 1.0)
+    logits = torch.full((R, R, R), 3.0)
+    axis = (np.arange(R) + 0.5) / R - 0.5
+    x, y, _ = np.meshgrid(axis, axis, axis, indexing="ij")
+    beside = np.abs(x / (1 + y)) > 0.5
+    assert beside.sum() > 50
+    assert not fit_silhouette(logits, disc(), near).numpy()[beside].any()
+    cut = disc()
+    cut[:, -1] = 1.0
+    assert fit_silhouette(logits, cut, near).numpy()[beside].all()
