@@ -25,8 +25,8 @@ from diff2to3.files import file_sha256, write_atomic
 from diff2to3.tensors import read_tensors, save_tensors
 
 MODEL_FILE = "model.json"
-#: Names of the network that encodes condition pictures, and of the one that does so for stage 1 alone.
-IMAGE_ENCODER, STRUCTURE_IMAGE_ENCODER = "image_encoder", "structure_image_encoder"
+#: The name of the network that encodes condition pictures.
+IMAGE_ENCODER = "image_encoder"
 FORMAT = "diff2to3-bundle"
 VERSION = 1
 

@@ -230,6 +230,12 @@ class Gaussians(_TensorContainer):
     def sh_degree(self) -> int:
         return {1: 0, 4: 1, 9: 2, 16: 3}[int(self.sh.shape[1])]
 
+    def chosen(self, which: Tensor) -> Gaussians:
+        """Those that ``which`` picks: bool [G], or indices."""
+        return Gaussians(
+            self.means[which], self.quats[which], self.scales[which], self.opacities[which], self.sh[which]
+        )
+
     @staticmethod
     def cat(items: Sequence[Gaussians]) -> Gaussians:
         """All Gaussians of ``items`` as one object; SH degrees must agree."""

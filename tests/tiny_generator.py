@@ -17,8 +17,6 @@ from diff2to3.vae.sparse_structure import StructureDecoder
 from diff2to3.voxels.mini_encoder import MiniEncoder, MiniEncoderConfig
 
 CHANNELS, GRID, RESOLUTION = 4, 4, 16
-#: Of the encoder that stage 1 may have of its own.
-OWN_CHANNELS = 3
 SETTINGS: dict[str, Any] = {
     "samplers": {
         "structure": {"num_steps": 3, "guidance_scale": 2.0, "guidance_interval": [0.3, 1.0], "shift": 2.0},
@@ -27,18 +25,16 @@ SETTINGS: dict[str, Any] = {
     "structure_latents": {"mean": [0.1 * i for i in range(4)], "std": [1.0 + 0.1 * i for i in range(4)]},
     "latents": {"mean": [-0.2, 0.0, 0.1, 0.3], "std": [0.5, 1.0, 1.5, 2.0]},
     "image_latents": {"mean": [-1.0, 0.0, 1.0, 2.0], "std": [2.0, 3.0, 4.0, 5.0]},
-    "structure_image_latents": {"mean": [0.5, -1.0, 0.0], "std": [1.5, 2.5, 3.5]},
     "condition": {"size": 32, "margin": 1.25, "background": 0.5},
 }
 
 
-def networks(backbone: str = "smdit", seed: int = 0, two_encoders: bool = False) -> dict[str, nn.Module]:
-    """All five, or six. About a seventh of the cells are active, and everything has an effect on the result."""
+def networks(backbone: str = "smdit", seed: int = 0) -> dict[str, nn.Module]:
+    """All five. About a seventh of the cells are active, and everything has an effect on the result."""
     same = {
         "backbone": backbone, "position": "marope" if backbone == "smdit" else "ape", "channels": CHANNELS,
         "width": 32, "num_heads": 2, "num_double": 1, "num_single": 1,
     }  # fmt: skip
-    first_channels = OWN_CHANNELS if two_encoders else CHANNELS
     gaussians = GaussianConfig(per_voxel=4, scale_bias=0.02, opacity_bias=0.6)
     torso = {"resolution": RESOLUTION, "width": 16, "num_blocks": 1, "num_heads": 2}
     grid = StructureConfig(
@@ -53,7 +49,7 @@ def networks(backbone: str = "smdit", seed: int = 0, two_encoders: bool = False)
                     resolution=GRID,
                     patch_size=1,
                     io_channels=[],
-                    image_channels=first_channels,
+                    image_channels=CHANNELS,
                     **same,
                 )
             ),
@@ -66,8 +62,6 @@ def networks(backbone: str = "smdit", seed: int = 0, two_encoders: bool = False)
             "decoder": Decoder(DecoderConfig(**torso, latent_channels=CHANNELS, gaussians=gaussians)),
             "image_encoder": encoder(CHANNELS),
         }
-        if two_encoders:
-            made["structure_image_encoder"] = encoder(OWN_CHANNELS)
         for network in made.values():
             for parameter in network.parameters():
                 parameter.data = 0.2 * torch.randn(parameter.shape)
@@ -83,11 +77,9 @@ def encoder(channels: int) -> MiniEncoder:
     )
 
 
-def write_generator(
-    folder: Path, backbone: str = "smdit", leave_out: tuple[str, ...] = (), two_encoders: bool = False
-) -> Path:
-    """The bundle; ``two_encoders``: stage 1 has one of its own."""
-    made = networks(backbone, two_encoders=two_encoders)
+def write_generator(folder: Path, backbone: str = "smdit", leave_out: tuple[str, ...] = ()) -> Path:
+    """The bundle."""
+    made = networks(backbone)
     kept = {name: net for name, net in made.items() if name not in leave_out}
     entries = {
         name: NetworkEntry(type(net).__name__, config_to_dict(net.config), f"{name}.safetensors")

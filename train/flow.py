@@ -5,7 +5,7 @@ torchrun --nproc-per-node 8 train/flow.py configs/flow/structure_large.yaml data
 """
 
 from diff2to3.training.run import main
-from diff2to3.training.tasks.flow import FlowRunConfig, flow_task
+from diff2to3.training.tasks.flow import FlowRunConfig, FlowTask
 
 if __name__ == "__main__":
-    raise SystemExit(main(flow_task, FlowRunConfig))
+    raise SystemExit(main(FlowTask, FlowRunConfig))

@@ -3,7 +3,7 @@
     latents_<name>     features, voxels -> latents.safetensors: mean, logvar float16 [N, C]
     structures_<name>  voxels           -> latents.safetensors: mean, logvar float16 [C, r, r, r]
     tokens_<name>      views            -> 000.safetensors, ...: latents float16 [C, h, w], one member a view (of the
-                                           bundle's image_encoder, or of its structure_image_encoder)
+                                           bundle's image_encoder)
 
 Each notes the sums and squares of every channel, so that statistics over the dataset are at hand without
 reading a shard. A bundle whose networks changed is another stage: give it another name, or delete the folder.
@@ -150,9 +150,10 @@ class StructureStage(BundleStage):
 class TokenStage(BundleStage):
     """Image latents of the condition views."""
 
+    network_name = IMAGE_ENCODER
+
     def __init__(self, config: DataConfig, item: str) -> None:
         self.name, self.chosen = f"tokens_{item}", config.tokens[item]
-        self.network_name = self.chosen.network
         super().__init__(self.chosen.bundle)
         views = self.chosen.views
         if views not in config.view_sets:
@@ -172,9 +173,6 @@ class TokenStage(BundleStage):
             "margin": self.chosen.margin,
             "size": self.size,
             "background": self.chosen.background,
-            # not where they are the usual ones, for there are data sets older than the choice
-            **({} if self.chosen.detail is None else {"detail": self.chosen.detail}),
-            **({} if self.network_name == IMAGE_ENCODER else {"network": self.network_name}),
             "encoder": self.fingerprint(),
         }
 
@@ -195,7 +193,7 @@ class TokenStage(BundleStage):
         """[V, 3, size, size] as the encoder sees them."""
         if self.chosen.margin is None:
             return views.composite(self.chosen.background).permute(0, 3, 1, 2)
-        framing = Framing(self.size, self.chosen.margin, self.chosen.background, self.chosen.detail)
+        framing = Framing(self.size, self.chosen.margin, self.chosen.background)
         return frame_views(views.images, views.alphas, framing)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from diff2to3.checkpoint import IMAGE_ENCODER
 from diff2to3.config import MISSING
 from diff2to3.views.cameras import CameraConfig
 from diff2to3.views.config import RenderConfig
@@ -136,25 +135,21 @@ class StructureSetConfig:
 class TokenSetConfig:
     """One set of image latents of the views that generation is conditioned on.
 
-    bundle      folder of a bundle with that network
-    network     image_encoder; or structure_image_encoder, for a stage 1 that has an encoder of its own
+    bundle      folder of a bundle with the network ``image_encoder``
     views       the view set
     num_views   the first so many of each asset's; null for all
     margin      side of the picture over the longer side of the object's box in it: views are cropped to the object
                 exactly as generation crops a photo (diff2to3.flow.framing); null: views as they are
     size        pixels a side after cropping; null for the views' size
     background  grey level behind the object
-    detail      pixels a side that crops of more than ``size`` are first reduced to; null: as sharp as can be
     """
 
     bundle: str = MISSING
-    network: str = IMAGE_ENCODER
     views: str = "cond"
     num_views: int | None = None
     margin: float | None = 1.2
     size: int | None = None
     background: float = 0.5
-    detail: int | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,10 @@
     report.py     HTML with pictures side by side
     results.py    a model's result on folders of assets: means, by pack, the worst, baselines
     cli.py        what the programs in eval/ share
+    recognition.py      photos against the assets that were made of them
+    recognition_run.py  what eval/recognition.py works through
+    photo_frame.py      an asset of one photograph beside the true one, in the photograph's frame
+    photo_frame_run.py  what eval/photo_frame.py works through
 
 To add a method or a truth, write a frozen dataclass of plain values that derives from ``ObjectSource`` and has
 ``name``, ``fingerprint`` and ``make(subject)``, which returns Gaussians, or ``Made`` with facts about them. One that

@@ -94,10 +94,6 @@ class SMDiTConfig:
                       learn where in their token they are. Not in the paper
     pool_image        the mean of the image tokens modulates the blocks together with the time, as the pooled prompt
                       does in SD3 and FLUX; not in the paper
-    image_blocks      blocks on the image tokens alone, before the others (see diff2to3.flow.image_tower)
-    coarse_resolution stage 1: of the occupancy grid that is guessed from the image alone and given to the voxel
-                      tokens; 0 for none
-    coarse_prototypes  guess that grid from so many learnt prototypes' likeness; 0: from the image tokens
     """
 
     resolution: int = 16
@@ -118,9 +114,6 @@ class SMDiTConfig:
     precondition: bool = False
     absolute: bool = False
     pool_image: bool = False
-    image_blocks: int = 0
-    coarse_resolution: int = 0
-    coarse_prototypes: int = 0
     qk_rms_norm: bool = True
     attention_backend: str = "auto"
 
@@ -140,18 +133,6 @@ class SMDiTConfig:
             raise ValueError(f"position: expected one of {', '.join(POSITIONS)}, got {self.position!r}")
         if self.position == "marope" and (self.width // self.num_heads) % 2:
             raise ValueError(f"num_heads: rotary positions need an even width a head, got {self.num_heads}")
-        if self.image_blocks < 0 or self.coarse_resolution < 0 or self.coarse_resolution % self.grid:
-            raise ValueError(
-                f"image_blocks, coarse_resolution: expected no negative number, and a multiple of the {self.grid} "
-                f"tokens on each axis, got {self.image_blocks}, {self.coarse_resolution}"
-            )
-        if self.coarse_prototypes < 0 or (self.coarse_prototypes and not self.coarse_resolution):
-            raise ValueError(
-                "coarse_prototypes: expected no negative number, and coarse_resolution with it, "
-                f"got {self.coarse_prototypes} with {self.coarse_resolution}"
-            )
-        if self.image_blocks and not self.embeds_positions:
-            raise ValueError("image_blocks: need absolute positions (absolute, or position ape)")
 
     @property
     def embeds_positions(self) -> bool:
@@ -188,8 +169,6 @@ class LatentSMDiTConfig(SMDiTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.coarse_resolution:
-            raise ValueError("coarse_resolution: stage structure only; the other has its voxels")
         if 2 ** len(self.io_channels) != self.patch_size:
             raise ValueError(
                 f"io_channels: patch_size {self.patch_size} needs log2 of it as many levels, "

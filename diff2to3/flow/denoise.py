@@ -48,10 +48,6 @@ class StageSettings:
     sampler            one of diff2to3.flow.samplers.SAMPLERS
     threshold          structure only: the decoder's logit above which a voxel is active. Below 0, a model that is
                        not sure of a surface leaves fewer holes in it
-    mirror             from images only: generate from the mirrored photo too, and mirror that back. Structure: the mean
-                       of both logits. Latents: the Gaussians of both, each half as dense, on one structure if that has
-                       ``mirror``, else each on its own. For models that were trained on mirrored assets; it takes
-                       twice the time
     prune      latents only: leave out Gaussians of which pictures of 128² from 16 sides show less than so many pixels
                in all: what is inside, or next to transparent. 0 keeps all
     """
@@ -62,7 +58,6 @@ class StageSettings:
     shift: float = 3.0
     sampler: str = "euler"
     threshold: float = 0.0
-    mirror: bool = False
     prune: float = 0.0
 
     def __post_init__(self) -> None:
@@ -134,14 +129,6 @@ class Conditions:
         absent = None if self.absent is None else self.absent[items]
         return Conditions(tuple(image[items] for image in self.present), absent)
 
-    def with_items(self, other: Conditions) -> Conditions:
-        """The items of both, as one batch."""
-        absent = None
-        if self.absent is not None and other.absent is not None:
-            absent = torch.cat([self.absent, other.absent])
-        present = tuple(torch.cat(pair) for pair in zip(self.present, other.present, strict=True))
-        return Conditions(present, absent)
-
 
 def velocities(flow: nn.Module, noise: Tensor | SparseVoxels) -> VelocityOf:
     """How a network moves ``noise``: dense latents [B, C, r, r, r], or latents on voxels."""
@@ -186,8 +173,8 @@ def image_patch_size(flow: nn.Module, channels: int) -> int:
     patch_size = math.isqrt(image_width(flow) // channels)
     if channels * patch_size**2 != image_width(flow):
         raise InputError(
-            f"the condition encoder has {channels} channels, which are no patches of the {image_width(flow)} that "
-            "the flow models were trained for"
+            f"the condition encoder has {channels} channels; the flow models were trained for image tokens of "
+            f"{image_width(flow)} channels, which is not that number times a square"
         )
     return patch_size
 
@@ -229,14 +216,12 @@ def sample_structure(
     device: torch.device,
     multi_image: str = MULTI_IMAGE_MODES[0],
     progress: Progress | None = None,
-    mirrored: Conditions | None = None,
     one_by_one: bool = False,
 ) -> list[Tensor]:
     """Stage 1's latents [B, C, r, r, r] as the flow makes them, from noise that each item's generator gives.
 
     One tensor; with ``one_by_one`` a tensor of a single item for each item.
 
-    ``mirrored``: of the mirrored photos; their latents follow in the same tensor, from the mirrored noise.
     ``one_by_one``: in a batch sums are rounded otherwise, a logit beside the threshold changes sides, and the object is
     not the one it is alone.
     """
@@ -246,11 +231,8 @@ def sample_structure(
     for number, rows in enumerate(parts):
         shape = (1, c.in_channels, *(c.resolution,) * 3)
         noise = torch.cat([torch.randn(shape, generator=g) for g in generators[rows]]).to(device)
-        seen = conditions.rows(rows)
-        if mirrored is not None:
-            noise = torch.cat([noise, noise.flip(2)])
-            seen = seen.with_items(mirrored.rows(rows))
         report = share_of(progress, number, len(parts))
+        seen = conditions.rows(rows)
         made.append(sample(velocities(flow, noise), noise, seen, settings, multi_image, "structure", report))
     return made
 

@@ -24,15 +24,11 @@ class Framing:
     size        pixels a side
     margin      side of the picture over the longer side of the object's box
     background  grey level behind the object, sRGB-encoded
-    detail      pixels a side that a crop of more than ``size`` is first reduced to; None: it stays as sharp as can be.
-                A model that was trained on small views has only seen crops that were enlarged; sharper ones are
-                strange to it
     """
 
     size: int = 256
     margin: float = 1.2
     background: float = 0.5
-    detail: int | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -41,8 +37,6 @@ class Framing:
             raise ValueError(f"margin: expected a number from 1 to 16, got {self.margin}")
         if not 0 <= self.background <= 1:
             raise ValueError(f"background: expected a grey level from 0 to 1, got {self.background}")
-        if self.detail is not None and self.detail < 1:
-            raise ValueError(f"detail: expected a positive number of pixels, got {self.detail}")
 
 
 def object_box(alpha: Tensor) -> tuple[int, int, int, int] | None:
@@ -63,8 +57,6 @@ def frame(image: Tensor, alpha: Tensor, framing: Framing) -> Tensor:
     square, size = crop_square(image, alpha, framing.margin), framing.size
     if square is None:
         return image.new_full((3, size, size), framing.background)
-    if framing.detail is not None and square.shape[-1] > size:
-        square = resized(square[None], framing.detail)[0]
     small = resized(square[None], size)[0]
     return (small[:3] + (1 - small[3:]) * framing.background).clamp(0, 1)
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from diff2to3.flow.config import POSITIONS, DiTConfig, LatentDiTConfig, LatentSMDiTConfig, SMDiTConfig
 from diff2to3.flow.dit import LatentDiT, StructureDiT
-from diff2to3.flow.image_tower import SeenImage
 from diff2to3.flow.marope import image_ids
 from diff2to3.flow.samplers import Velocity
 from diff2to3.flow.smdit import LatentSMDiT, StructureSMDiT
@@ -30,14 +29,7 @@ from diff2to3.types import SparseVoxels
 STAGES = ("structure", "latents")
 BACKBONES = ("smdit", "dit")
 #: What smdit has beyond the paper, by settings that are off by default.
-SMDIT_ONLY = (
-    "precondition",
-    "absolute",
-    "pool_image",
-    "image_blocks",
-    "coarse_resolution",
-    "coarse_prototypes",
-)
+SMDIT_ONLY = ("precondition", "absolute", "pool_image")
 #: Type names in model.json → schema and module.
 NETWORKS: dict[str, tuple[type, Any]] = {
     "StructureSMDiT": (SMDiTConfig, StructureSMDiT),
@@ -76,9 +68,6 @@ class FlowConfig:
     precondition: bool = False
     absolute: bool = False
     pool_image: bool = False
-    image_blocks: int = 0
-    coarse_resolution: int = 0
-    coarse_prototypes: int = 0
     io_channels: list[int] = field(default_factory=lambda: [128])
     num_io_blocks: int = 2
     io_kernel: str = "cube"
@@ -147,7 +136,7 @@ def predict(
     timestep: Tensor,
     image: ImageTokens,
     plan: Any = None,
-    seen: SeenImage | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """The velocity, shaped as the latents (or their features). timestep [B] in [0, 1]; ``seen`` from :func:`see`."""
     plan = make_plan(network, latents, image) if plan is None else plan
@@ -156,7 +145,7 @@ def predict(
     return network(latents, timestep, image, plan, seen=seen)
 
 
-def see(network: nn.Module, image: ImageTokens) -> SeenImage | None:
+def see(network: nn.Module, image: ImageTokens) -> Tensor | None:
     """What the network makes of the image at any time; None for networks that begin anew at each."""
     return network.see(image) if isinstance(network, (StructureSMDiT, LatentSMDiT)) else None
 

@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from diff2to3.flow.blocks import NUM_PARTS, BlockPlan, DoubleStreamBlock, Rows, SingleStreamBlock
 from diff2to3.flow.config import LatentSMDiTConfig, SMDiTConfig
 from diff2to3.flow.dit import to_grid, to_tokens
-from diff2to3.flow.image_tower import CoarseHead, ImageTower, PrototypeHead, SeenImage
 from diff2to3.flow.marope import image_ids, marope_tables, voxel_ids
 from diff2to3.flow.matching import precondition
 from diff2to3.flow.pyramid import Level, ascend, build_levels, descend, input_blocks, output_blocks
@@ -71,12 +70,6 @@ class SMDiT(nn.Module):
         self.checkpoint_blocks = False
         self.t_embedder = TimestepEmbedder(c.width)
         self.image_layer = nn.Linear(c.image_width, c.width)
-        self.image_blocks = ImageTower(c.image_blocks, c.width, c.num_heads, c.mlp_ratio, c.attention_backend)
-        self.coarse_head: nn.Module | None = None
-        if c.coarse_resolution and c.coarse_prototypes:
-            self.coarse_head = PrototypeHead(c.image_channels, c.coarse_prototypes, c.coarse_resolution)
-        elif c.coarse_resolution:
-            self.coarse_head = CoarseHead(c.width, c.coarse_resolution)
         if c.pool_image:
             self.image_pool = ImagePool(c.width)
         if c.share_modulation:
@@ -98,7 +91,7 @@ class SMDiT(nn.Module):
             zero_parameters(self.image_pool.out_layer)
 
     def torso_modules(self) -> list[nn.Module]:
-        return [self.image_blocks, self.double_blocks, self.single_blocks]
+        return [self.double_blocks, self.single_blocks]
 
     @property
     def torso_dtype(self) -> torch.dtype:
@@ -124,21 +117,19 @@ class SMDiT(nn.Module):
         of_voxels, of_image, of_both = (Rows(None if single else index) for index in (voxels, rows_i, both))
         return JointTokens(coords, levels, BlockPlan(joint, of_voxels, of_image, of_both, rotary))
 
-    def see(self, image: ImageTokens) -> SeenImage:
-        """What does not depend on the time: the embedded image tokens, and the shape that they suggest."""
+    def see(self, image: ImageTokens) -> Tensor:
+        """The embedded image tokens [T, D], which do not depend on the time."""
         c = self.config
         y = precisely(self.image_layer, image.feats)
         if c.embeds_positions:
             y = y + absolute_position_embedding(image_ids(image, c.grid), c.width).to(y.dtype)
-        if c.image_blocks:
-            y = self.image_blocks(y.to(self.torso_dtype), image.cu_seqlens).to(y.dtype)
-        return SeenImage(y, None if self.coarse_head is None else self.coarse_head(y, image))
+        return y
 
-    def modulators(self, timestep: Tensor, seen: SeenImage, image: ImageTokens) -> Tensor:
+    def modulators(self, timestep: Tensor, seen: Tensor, image: ImageTokens) -> Tensor:
         """timestep [B] and the image → what modulates the blocks [B, D]."""
         time = self.t_embedder(timestep)
         if self.config.pool_image:
-            time = time + self.image_pool(seen.tokens, image.cu_seqlens)
+            time = time + self.image_pool(seen, image.cu_seqlens)
         return time
 
     def run_blocks(
@@ -187,8 +178,6 @@ class StructureSMDiT(SMDiT):
         self.out_layer = nn.Linear(config.width, config.out_channels * volume)
         if config.lifted_channels:
             self.lifted_layer = nn.Linear(config.lifted_channels * volume, config.width, bias=False)
-        if config.coarse_resolution:
-            self.coarse_layer = nn.Linear((config.coarse_resolution // config.grid) ** 3, config.width)
         self.initialize(self.out_layer)
 
     def plan(self, image: ImageTokens) -> JointTokens:
@@ -205,7 +194,7 @@ class StructureSMDiT(SMDiT):
         image: ImageTokens,
         plan: JointTokens | None = None,
         hooks: Hooks | None = None,
-        seen: SeenImage | None = None,
+        seen: Tensor | None = None,
         lifted: Tensor | None = None,
     ) -> Tensor:
         """latents [B, C, r, r, r], timestep [B] in [0, 1] → velocity as latents. ``seen``: ``see(image)``, where it is
@@ -218,16 +207,13 @@ class StructureSMDiT(SMDiT):
             raise ValueError(f"latents: expected {shape}, got {list(latents.shape)}")
         self.check(image, batch)
         plan = plan or self.plan(image)
-        seen = seen or self.see(image)
+        seen = self.see(image) if seen is None else seen
         x = precisely(self.input_layer, to_tokens(latents, c.patch_size)).flatten(0, 1)
         if lifted is not None:
             self.check_lifted(lifted, (batch, c.lifted_channels, *latents.shape[2:]))
             x = x + precisely(self.lifted_layer, to_tokens(lifted, c.patch_size)).flatten(0, 1)
-        if seen.coarse is not None:
-            likely = to_tokens(seen.coarse.sigmoid()[:, None], c.coarse_resolution // c.grid)
-            x = x + precisely(self.coarse_layer, likely).flatten(0, 1)
         time = self.modulators(timestep, seen, image)
-        x = self.run_blocks(x, seen.tokens, time, plan, hooks).to(latents.dtype)
+        x = self.run_blocks(x, seen, time, plan, hooks).to(latents.dtype)
         x = precisely(self.out_layer, final_norm(x)).unflatten(0, (batch, -1))
         output = to_grid(x, c.patch_size, c.grid)
         if not c.precondition:
@@ -272,7 +258,7 @@ class LatentSMDiT(SMDiT):
         image: ImageTokens,
         plan: JointTokens | None = None,
         hooks: Hooks | None = None,
-        seen: SeenImage | None = None,
+        seen: Tensor | None = None,
         lifted: Tensor | None = None,
     ) -> Tensor:
         """latents [N, C] on voxels, timestep [B] in [0, 1] → velocity [N, C'']. ``lifted`` [N, C']: what the image says
@@ -280,7 +266,7 @@ class LatentSMDiT(SMDiT):
         """
         self.check(image, latents.batch_size)
         plan = plan or self.plan(latents, image)
-        seen = seen or self.see(image)
+        seen = self.see(image) if seen is None else seen
         embedded = self.modulators(timestep, seen, image)
         time = embedded.to(self.torso_dtype)
         h = precisely(self.input_layer, latents.feats)
@@ -291,7 +277,7 @@ class LatentSMDiT(SMDiT):
             h = h + self.cell_embedding(cells(latents.coords, self.config.patch_size))
         h = h.to(self.torso_dtype)
         h, skips = descend(self.input_blocks, h, time, plan.levels)
-        h = self.run_blocks(h, seen.tokens, embedded, plan, hooks)
+        h = self.run_blocks(h, seen, embedded, plan, hooks)
         h = ascend(self.out_blocks, h, skips, time, plan.levels, self.config.skip_connection)
         output = precisely(self.out_layer, final_norm(h).to(latents.feats.dtype))
         if not self.config.precondition:

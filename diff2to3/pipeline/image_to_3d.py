@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,6 @@ from diff2to3.flow.denoise import (
     velocities,
 )
 from diff2to3.flow.framing import Framing
-from diff2to3.flow.normalization import Normalization
-from diff2to3.gaussians import combine
 from diff2to3.hub import Source
 from diff2to3.pipeline.parts import Parts, PhotoParts, some_voxels, visiting
 from diff2to3.pipeline.photo_files import open_photo
@@ -38,7 +36,6 @@ from diff2to3.pipeline.prune import without_hidden
 from diff2to3.pipeline.result import Result
 from diff2to3.pipeline.share import Shareable
 from diff2to3.types import SparseVoxels
-from diff2to3.vae.sparse_structure import active_voxels, with_one_active
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -47,14 +44,6 @@ if TYPE_CHECKING:
 OnePhoto = Image.Image | Photo | str | Path
 #: A photo, several photos of one object, or a text for models that take text.
 Prompt = OnePhoto | Sequence[OnePhoto]
-
-
-@dataclass(frozen=True)
-class StageConditions:
-    """What either stage is conditioned on; the same where stage 1 has no encoder of its own."""
-
-    structure: Conditions
-    latent: Conditions
 
 
 class ImageTo3D(Shareable):
@@ -79,16 +68,12 @@ class ImageTo3D(Shareable):
         self.structure_normalization = parts.structure_normalization
         self.latent_normalization = parts.latent_normalization
         self.image_normalization = parts.image_normalization
-        self.structure_conditioner = parts.structure_conditioner
-        self.structure_image_normalization = parts.structure_image_normalization
         self.structure_settings, self.latent_settings = parts.structure_settings, parts.latent_settings
         self.framing = parts.framing
         self.trellis, self.offline = parts.trellis, parts.offline
         self.low_memory, self.notes = parts.low_memory, parts.notes
         self.device = parts.device
-        for network in (*vars(parts.networks).values(), parts.conditioner, parts.structure_conditioner):
-            if network is None:
-                continue
+        for network in (*vars(parts.networks).values(), parts.conditioner):
             network.eval().requires_grad_(False)
             if not self.low_memory:
                 network.to(self.device)
@@ -121,8 +106,7 @@ class ImageTo3D(Shareable):
 
     def all_networks(self) -> list[Any]:
         """Every network of the model, those that encode conditions as well."""
-        others = () if self.photo_stages else (self.conditioner, self.structure_conditioner)
-        return [network for network in (*vars(self.networks).values(), *others) if network is not None]
+        return [*vars(self.networks).values(), *(() if self.photo_stages else (self.conditioner,))]
 
     @property
     def frame(self) -> str:
@@ -209,41 +193,17 @@ class ImageTo3D(Shareable):
         with torch.inference_mode():
             photos = [self.photos(prompt, prepare, background_removal) for prompt in prompts]
             clock.lap("photos")
-            seen, mirrored = self.stage_conditions(prompts, photos), None
-            if (first.mirror or second.mirror) and self.kind == "image":
-                mirrored = self.stage_conditions(
-                    prompts, [tuple(p.mirrored() for p in own) for own in photos]
-                )
+            conditions = self.conditions(prompts, photos)
             clock.lap("condition")
-            twice = mirrored is not None and second.mirror
-            halves = [share_of(progress, half, 2) for half in range(2)] if twice else [progress]
-            reports = [progress] if first.mirror else halves  # of stage 1, which has both in one pass then
-            across = mirrored.structure if mirrored is not None and first.mirror else None
             logits = self.structure_logits(
-                seen.structure, first, generators, multi_image, reports[0], across, one_by_one=True
+                conditions, first, generators, multi_image, progress, one_by_one=True
             )
             coords = some_voxels(logits, first.threshold)
             clock.lap("structure")
-            latents = self.sample_latents(coords, seen.latent, second, generators, multi_image, halves[0])
-            others = None
-            if twice and mirrored is not None:
-                turned = logits.flip(2)
-                if not first.mirror:
-                    turned = self.structure_logits(
-                        mirrored.structure, first, generators, multi_image, reports[1], one_by_one=True
-                    )
-                turned = with_one_active(turned)
-                found = active_voxels(turned, first.threshold)
-                others = self.sample_latents(
-                    found, mirrored.latent, second, generators, multi_image, halves[1]
-                )
-                coords = active_voxels(torch.maximum(logits, turned.flip(2)), first.threshold)
+            latents = self.sample_latents(coords, conditions, second, generators, multi_image, progress)
             clock.lap("latents")
             with self.on_device(self.networks.decoder) as decoder:
                 gaussians = decoder(latents)
-                if others is not None:
-                    pairs = zip(gaussians, decoder(others), strict=True)
-                    gaussians = [combine.superposed([g, combine.mirrored(other)]) for g, other in pairs]
             if second.prune:
                 gaussians = [without_hidden(g, second.prune) for g in gaussians]
             clock.lap("decode")
@@ -322,32 +282,14 @@ class ImageTo3D(Shareable):
                 ready.append(Photo(as_it_is(image, size, background), cut_out=image.convert("RGBA")))
         return tuple(ready)
 
-    def stage_conditions(
-        self, prompts: Sequence[Prompt], photos: Sequence[tuple[Photo, ...]]
-    ) -> StageConditions:
-        """Encode the prompts, each with the same number of photos, for either stage."""
+    def conditions(self, prompts: Sequence[Prompt], photos: Sequence[tuple[Photo, ...]]) -> Conditions:
+        """Encode the prompts, each with the same number of photos, one after another: in a batch sums are rounded
+        otherwise. The absence of a text is the empty text; of an image, zeros or nothing.
+        """
         counts = {len(own) for own in photos}
         if len(counts) != 1:
             raise InputError(f"prompts: expected the same number of photos for each, got {sorted(counts)}")
-        latent = self.encoded(self.conditioner, self.image_normalization, prompts, photos)
-        if self.structure_conditioner is None:
-            return StageConditions(latent, latent)
-        normalization = self.structure_image_normalization
-        return StageConditions(
-            self.encoded(self.structure_conditioner, normalization, prompts, photos), latent
-        )
-
-    def encoded(
-        self,
-        network: nn.Module,
-        normalization: Normalization | None,
-        prompts: Sequence[Prompt],
-        photos: Sequence[tuple[Photo, ...]],
-    ) -> Conditions:
-        """The prompts through one encoder, one after another: in a batch sums are rounded otherwise. The absence of a
-        text is the empty text; of an image, zeros or nothing.
-        """
-        with self.on_device(network) as conditioner:
+        with self.on_device(self.conditioner) as conditioner:
             if self.kind == "text":
                 tokens = torch.cat([conditioner([text]) for text in (*prompts, "")]).to(self.device)
                 return Conditions((tokens[:-1],), tokens[-1:].expand(len(prompts), -1, -1))
@@ -356,8 +298,8 @@ class ImageTo3D(Shareable):
                 for same_place in zip(*photos, strict=True)
             ]
         present = [latents.to(self.device) for latents in present]
-        if normalization is not None:
-            present = [normalization(latents) for latents in present]
+        if self.image_normalization is not None:
+            present = [self.image_normalization(latents) for latents in present]
         if present[0].ndim == 4:
             return Conditions(tuple(present))
         # Attention to equal tokens returns their value whatever their number, so one zero token stands for
@@ -373,12 +315,11 @@ class ImageTo3D(Shareable):
         generators: Sequence[torch.Generator],
         multi_image: str = MULTI_IMAGE_MODES[0],
         progress: Progress | None = None,
-        mirrored: Conditions | None = None,
         one_by_one: bool = False,
     ) -> Tensor:
         """Stage 1: logits [B, 1, R, R, R] of active voxels, from noise that each item's generator gives.
 
-        ``mirrored``: of the mirrored photos, for the mean of both. ``one_by_one``: an item at a time: in a batch sums
+        ``one_by_one``: an item at a time: in a batch sums
         are rounded otherwise, a logit beside the threshold changes sides, and the object is not the one it is alone.
         """
         with self.on_device(self.networks.structure_flow) as flow:
@@ -390,17 +331,12 @@ class ImageTo3D(Shareable):
                 self.device,
                 multi_image,
                 progress,
-                mirrored,
                 one_by_one,
             )
         if self.structure_normalization is not None:
             made = [self.structure_normalization.invert(z) for z in made]
         with self.on_device(self.networks.structure_decoder) as decoder:
-            logits = [decoder(z) for z in made]
-        if mirrored is not None:
-            pairs = [both.chunk(2) for both in logits]
-            logits = [(seen + other.flip(2)) / 2 for seen, other in pairs]
-        return torch.cat(logits)
+            return torch.cat([decoder(z) for z in made])
 
     def sample_latents(
         self,

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from diff2to3.checkpoint import (
     IMAGE_ENCODER,
     MODEL_FILE,
-    STRUCTURE_IMAGE_ENCODER,
     BundleInfo,
     read_bundle,
     read_json,
@@ -93,8 +92,8 @@ def load_parts(
     """Load what a model for generation is made of.
 
     Args:
-        source: an embedded model ("mini"), a folder with ``model.json`` (ours) or ``pipeline.json`` (TRELLIS's), or
-            a hub repository.
+        source: an embedded model ("mini-photo"), a folder with ``model.json`` (ours) or ``pipeline.json``
+            (TRELLIS's), or a hub repository.
         dtype: of the networks' torsos; None: float32 on a CPU; on a GPU as released where that is float16, bfloat16
             for flows of our own (from compute capability 8.0), else float32.
         offline: never open a connection.
@@ -125,9 +124,8 @@ def load_bundle(place: Source, options: Options) -> Parts:
     samplers           {structure: {…}, latent: {…}} of StageSettings' fields
     latents            {mean, std} that the latent flow's latents are normalised by ("normalization" in bundles of
                        TRELLIS's weights); structure_latents likewise for the other flow
-    image_latents      {mean, std} that the condition's latents are normalised by; structure_image_latents those of
-                       stage 1's own encoder, the bundle's network ``structure_image_encoder``, where there is one
-    condition          {size, margin, background, detail} of the condition picture (diff2to3.flow.framing), its encoder:
+    image_latents      {mean, std} that the condition's latents are normalised by
+    condition          {size, margin, background} of the condition picture (diff2to3.flow.framing), its encoder:
                        {provider, weights} of diff2to3.voxels.providers, else the bundle's network ``image_encoder``
     conditioner        in place of condition: {name, image_size} of TRELLIS's condition encoder
     """
@@ -141,7 +139,7 @@ def load_bundle(place: Source, options: Options) -> Parts:
         what = f"{place.name} (embedded)" if place.name in embedded_models() else str(path)
         raise InputError(
             f"{what}: this model cannot generate: it has no {', '.join(missing)}; it has "
-            f"{', '.join(info.networks) or 'no network'}"
+            f"{', '.join(info.networks) or 'no network'}. The embedded generator is mini-photo"
         )
     loaded = {name: load_bundle_network(folder, info, name, options, place) for name in UPSTREAM_KEYS}
     settings = info.settings
@@ -152,11 +150,7 @@ def load_bundle(place: Source, options: Options) -> Parts:
             for name in ("structure", "latent")
         ]
         latents = settings.get("latents", settings.get("normalization"))
-        statistics = [settings.get("structure_latents"), latents, settings.get("image_latents"), None]
-        structure_conditioner = None
-        if STRUCTURE_IMAGE_ENCODER in info.networks:
-            structure_conditioner = load_bundle_network(folder, info, STRUCTURE_IMAGE_ENCODER, options, place)
-            statistics[3] = settings.get("structure_image_latents")
+        statistics = [settings.get("structure_latents"), latents, settings.get("image_latents")]
         if "conditioner" in settings:
             size = int(settings["conditioner"].get("image_size", TRELLIS_FRAMING.size))
             framing, trellis = replace(TRELLIS_FRAMING, size=size), True
@@ -185,7 +179,6 @@ def load_bundle(place: Source, options: Options) -> Parts:
         statistics=statistics,
         framing=framing,
         trellis=trellis,
-        structure_conditioner=structure_conditioner,
     )
 
 
@@ -283,7 +276,7 @@ def load_trellis(place: Source, options: Options) -> Parts:
     ]
     conditioner = load_conditioner(pipeline.kind, pipeline.conditioner, place, options)
     stages = [pipeline.structure, pipeline.latent]
-    statistics = [None, {"mean": pipeline.mean, "std": pipeline.std}, None, None]
+    statistics = [None, {"mean": pipeline.mean, "std": pipeline.std}, None]
     return assemble(
         loaded,
         conditioner,
@@ -426,11 +419,10 @@ def assemble(
     statistics: Sequence[Mapping[str, list[float]] | None],
     framing: Framing,
     trellis: bool,
-    structure_conditioner: Any = None,
     notes: list[str] | None = None,
 ) -> Parts:
-    """Check that the parts fit each other. ``stages`` are of structure and latents; ``statistics`` of both, of the
-    condition's latents, and of those of stage 1's own encoder.
+    """Check that the parts fit each other. ``stages`` are of structure and latents; ``statistics`` of both, and of
+    the condition's latents.
     """
     networks = Networks(**loaded)
     for name, classes in ROLES.items():
@@ -439,13 +431,12 @@ def assemble(
             raise InputError(f"{name}: expected a {known}, got a {type(loaded[name]).__name__}")
     flows = (loaded["structure_flow"], loaded["latent_flow"])
     channels = condition_channels(conditioner)
-    first_channels = condition_channels(structure_conditioner or conditioner)
-    for flow, given in zip(flows, (first_channels, channels), strict=True):
+    for flow in flows:
         if not trellis:
-            image_patch_size(flow, given)
-        elif image_width(flow) != given:
+            image_patch_size(flow, channels)
+        elif image_width(flow) != channels:
             raise InputError(
-                f"the condition encoder has {given} channels, but the flow models were trained for "
+                f"the condition encoder has {channels} channels, but the flow models were trained for "
                 f"{image_width(flow)}"
             )
     check_grids(loaded)
@@ -453,7 +444,6 @@ def assemble(
         "structure_latents": flows[0].config.in_channels,
         "normalization" if trellis else "latents": flows[1].config.in_channels,
         "image_latents": channels,
-        "structure_image_latents": first_channels,
     }
     normalizations = [
         None if values is None else Normalization.of(values, wanted[name], name)
@@ -468,8 +458,6 @@ def assemble(
         structure_normalization=normalizations[0],
         latent_normalization=normalizations[1],
         image_normalization=normalizations[2],
-        structure_conditioner=structure_conditioner,
-        structure_image_normalization=normalizations[3],
         framing=framing,
         trellis=trellis,
         device=options.device,

@@ -37,10 +37,9 @@ class Parts:
 
     kind         what it is conditioned on: "image" or "text"
     conditioner  pictures [B, 3, S, S] → tokens [B, L, C] or latents [B, C, h, w], or a list of texts → tokens
-    structure_conditioner  the same for stage 1, where it has one of its own
     structure_settings, latent_settings  how each stage is sampled unless a call says otherwise
     structure_normalization, latent_normalization  of the latents of each stage; None for none
-    image_normalization, structure_image_normalization  of what each conditioner gives
+    image_normalization  of what the conditioner gives
     framing      of the condition picture; ``trellis`` prepares it as TRELLIS does, on black and byte by byte
     low_memory   networks wait on the CPU and visit the device in turn
     offline      no connection is opened, by the background removal either
@@ -55,8 +54,6 @@ class Parts:
     structure_normalization: Normalization | None = None
     latent_normalization: Normalization | None = None
     image_normalization: Normalization | None = None
-    structure_conditioner: nn.Module | None = None
-    structure_image_normalization: Normalization | None = None
     framing: Framing = field(default_factory=Framing)
     trellis: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

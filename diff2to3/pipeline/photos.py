@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,10 +36,6 @@ class Photo:
     method: str = "none"
     notes: tuple[str, ...] = ()
     cut_out: Image.Image | None = None
-
-    def mirrored(self) -> Photo:
-        """Left and right exchanged: what a mirrored object looks like to a mirrored camera."""
-        return replace(self, picture=self.picture.flip(-1), cut_out=None)
 
 
 def prepare(image: Image.Image, framer: Framer, method: str = "auto", *, offline: bool = False) -> Photo:

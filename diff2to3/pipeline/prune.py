@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diff2to3.gaussians.combine import chosen
 from diff2to3.gaussians.render import EPS2D
 from diff2to3.kernels.rasterize import blending_weights
 from diff2to3.types import Gaussians
@@ -37,4 +36,4 @@ def shown(gaussians: Gaussians) -> Tensor:
 def without_hidden(gaussians: Gaussians, least: float) -> Gaussians:
     """Those that fill at least ``least`` pixels of pictures from all sides; all of them where none does."""
     kept = shown(gaussians) >= least
-    return chosen(gaussians, kept) if bool(kept.any()) else gaussians
+    return gaussians.chosen(kept) if bool(kept.any()) else gaussians

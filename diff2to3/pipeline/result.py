@@ -28,8 +28,8 @@ FRONT = -90.0
 class Result:
     """One generated object.
 
-    latents  as the decoder takes them; with ``mirror`` in stage 2 those of the photo as it is, not of its mirror image
-    coords   int32 [M, 3], sorted: the active voxels, of the mirror image's structure, too
+    latents  as the decoder takes them
+    coords   int32 [M, 3], sorted: the active voxels
     seconds  by stage; of the whole batch where several objects were generated at once
     photos   what the model saw; none for texts
     frame    what the object stands in: "object", its own frame, or "photo" (diff2to3.views.photo_frame), whose front,

@@ -161,11 +161,6 @@ class StructureDecoder(StructureNetwork):
         return unfold_cells(precisely(self.out_layer, h.to(latents.dtype)), self.config.fold)
 
 
-def coarsened(occupancy: Tensor, resolution: int) -> Tensor:
-    """[B, R, R, R] → float32 [B, c, c, c]: 1 where any of a coarse cell's cells is active; the largest probability."""
-    return F.max_pool3d(occupancy[:, None].float(), occupancy.shape[-1] // resolution)[:, 0]
-
-
 def active_voxels(logits: Tensor, threshold: float = 0.0) -> Tensor:
     """Coordinates int32 [N, 4] (batch, x, y, z), sorted, of cells whose logit [B, 1, R, R, R] is above
     ``threshold``.
@@ -173,9 +168,3 @@ def active_voxels(logits: Tensor, threshold: float = 0.0) -> Tensor:
     if logits.ndim != 5 or logits.shape[1] != 1:
         raise ValueError(f"logits: expected [B, 1, R, R, R], got {list(logits.shape)}")
     return torch.nonzero(logits[:, 0] > threshold).to(torch.int32)
-
-
-def with_one_active(logits: Tensor) -> Tensor:
-    """The same logits [B, 1, R, R, R], but an item's highest is infinite."""
-    highest = logits.amax((1, 2, 3, 4), keepdim=True)
-    return logits.masked_fill(logits == highest, torch.inf)

@@ -36,7 +36,9 @@ class LoadModel(io.ComfyNode):
             description="The embedded model, a folder, or a hub repository such as microsoft/TRELLIS-image-large.",
             inputs=[
                 io.String.Input(
-                    "model", default="mini", tooltip="mini (embedded), a folder, or a hub repository"
+                    "model",
+                    default="mini-photo",
+                    tooltip="mini-photo (embedded), a folder, or a hub repository",
                 ),
                 io.Combo.Input("device", options=["auto", "cpu", "cuda", "mps"], default="auto"),
                 io.Boolean.Input(

@@ -82,4 +82,4 @@ def build(model: ImageTo3D) -> gr.Blocks:
 
 
 if __name__ == "__main__":
-    build(ImageTo3D.from_pretrained("mini")).queue(max_size=16).launch()
+    build(ImageTo3D.from_pretrained("mini-photo")).queue(max_size=16).launch()

@@ -113,7 +113,7 @@ def test_the_weights_in_the_package_are_the_published_ones():
     block 10 and the mean of 2². Ours lie in float16, which is 0.012 of the norm there; without that they agree to 1e-4.
     """
     network = EfficientNetLite()
-    stored = load_file(EMBEDDED / "mini" / "structure_image_encoder.safetensors")
+    stored = load_file(EMBEDDED / "mini-photo" / "photo_maps.safetensors")
     network.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
     with torch.no_grad():
         features = network(ball())[0]

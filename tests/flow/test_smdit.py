@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 POSITIONS = ("none", "ape", "marope")
 #: What the mini preset adds to the paper's network.
-EXTRAS = {"absolute": True, "pool_image": True, "image_blocks": 2}
+EXTRAS = {"absolute": True, "pool_image": True}
 
 
 # ---- an independent forward pass ----
@@ -83,39 +83,11 @@ def parts_of(modulation, network, time):
 
 
 def reference_seen(network, y, ids_y):
-    """One item's image tokens through the blocks that are theirs alone."""
+    """One item's embedded image tokens."""
     c = network.config
     if c.position == "ape" or c.absolute:
         y = y + reference_embedding(ids_y, c.width)
-    for block in network.image_blocks:
-        h = block.attn.to_qkv(F.layer_norm(y, y.shape[-1:], eps=1e-6))
-        q, k, v = (
-            h.reshape(len(y), 3, c.num_heads, -1).unbind(1) if len(y) else h.new_zeros(3, 0, c.num_heads, 1)
-        )
-        root = q.shape[-1] ** 0.5
-        q = q / q.norm(dim=-1, keepdim=True) * root * block.attn.q_rms_norm.gamma if len(y) else q
-        k = k / k.norm(dim=-1, keepdim=True) * root * block.attn.k_rms_norm.gamma if len(y) else k
-        scores = torch.einsum("ihd,jhd->hij", q, k) / root
-        y = y + block.attn.to_out(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).reshape(y.shape))
-        y = y + block.mlp(F.layer_norm(y, y.shape[-1:], eps=1e-6))
     return y
-
-
-def reference_coarse(head, y, image):
-    """Logits [c, c, c] of one item: means over the sixteenths of the picture, then two layers."""
-    rows = F.layer_norm(y, y.shape[-1:]) @ head.token_layer.weight.T + head.token_layer.bias
-    means = []
-    for i in range(4):
-        for j in range(4):
-            inside = [
-                row
-                for row, (a, b), (h, w) in zip(
-                    rows, image.indices.tolist(), image.grids.tolist(), strict=True
-                )
-                if i * h <= 4 * a < (i + 1) * h and j * w <= 4 * b < (j + 1) * w
-            ]
-            means.append(sum(inside) / len(inside) if inside else rows.new_zeros(rows.shape[1]))
-    return head.out_layer(F.silu(head.hidden_layer(torch.cat(means)))).reshape((head.resolution,) * 3)
 
 
 def reference_blocks(network, x, y, ids_x, ids_y, t):
@@ -158,13 +130,6 @@ def reference_structure(network, latents, t, image):
         rows = item.indices.double()
         ids_y = torch.cat([(rows + 0.5) * c.grid / item.grids - 0.5, torch.full_like(rows[:, :1], c.grid)], 1)
         x, y = network.input_layer(tokens), reference_seen(network, network.image_layer(item.feats), ids_y)
-        if c.coarse_resolution:
-            likely, n = (
-                reference_coarse(network.coarse_head, y, item).sigmoid(),
-                c.coarse_resolution // c.grid,
-            )
-            corners = [tuple(slice(n * i, n * i + n) for i in cell) for cell in cells]
-            x = x + network.coarse_layer(torch.stack([likely[place].flatten() for place in corners]))
         x = reference_blocks(network, x, y, ids, ids_y, t[b : b + 1])
         x = network.out_layer(F.layer_norm(x, x.shape[-1:]))
         pieces = []
@@ -176,7 +141,7 @@ def reference_structure(network, latents, t, image):
     return out
 
 
-@pytest.mark.parametrize("extras", [{}, {**EXTRAS, "coarse_resolution": 4}], ids=["paper", "mini"])
+@pytest.mark.parametrize("extras", [{}, EXTRAS], ids=["paper", "mini"])
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("position", POSITIONS)
 def test_structure_network_against_the_reference_with_gradients(position, share, extras, generator):
@@ -352,13 +317,6 @@ def test_training_starts_at_zero_velocity(generator):
         ({"backbone": "unet"}, "backbone"),
         ({"backbone": "dit"}, "'ape'"),
         ({"backbone": "dit", "position": "ape", "pool_image": True}, "pool_image: smdit only"),
-        ({"backbone": "dit", "position": "ape", "image_blocks": 1}, "image_blocks: smdit only"),
-        ({"image_blocks": 1}, "image_blocks: need absolute"),
-        ({"image_blocks": -1, "absolute": True}, "image_blocks"),
-        ({"coarse_resolution": 8}, "coarse_resolution: stage structure only"),
-        ({"stage": "structure", "coarse_resolution": 5}, "coarse_resolution"),
-        ({"stage": "structure", "coarse_prototypes": 5}, "coarse_prototypes"),
-        ({"stage": "structure", "coarse_resolution": 4, "coarse_prototypes": -1}, "coarse_prototypes"),
         ({"num_heads": 5}, "num_heads"),
         ({"io_channels": [8, 8]}, "io_channels"),
         ({"io_kernel": "star"}, "io_kernel"),

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from diff2to3.flow.framing import Framing, frame, frame_views, object_box
+from diff2to3.flow.framing import Framing, frame
 
 
 def rectangle(height, width, box, color=(0.2, 0.6, 0.9)):
@@ -53,37 +53,7 @@ def test_resizing_agrees_with_pillow():
     np.testing.assert_allclose(out.numpy(), expected, atol=1e-5)
 
 
-def test_detail_reduces_larger_crops_first():
-    """Against Pillow's filter twice; a crop that is enlarged anyway is left as it is."""
-    rng = np.random.default_rng(1)
-    large, small = (rng.random((side, side, 3), dtype=np.float32) for side in (80, 20))
-    framing = Framing(60, 1.0, 0.5, detail=20)
-
-    def by_pillow(channel, *sizes):
-        for size in sizes:
-            channel = np.asarray(Image.fromarray(channel).resize((size, size), Image.Resampling.BILINEAR))
-        return channel
-
-    middle = rng.random((50, 50, 3), dtype=np.float32)
-    for image, sizes in ((large, (20, 60)), (middle, (60,)), (small, (60,))):
-        out = frame(torch.from_numpy(image), torch.ones(image.shape[:2]), framing)
-        expected = np.stack([by_pillow(x, *sizes) for x in np.ascontiguousarray(image.transpose(2, 0, 1))])
-        np.testing.assert_allclose(out.numpy(), expected, atol=1e-5)
-
-
-def test_background_and_nothing():
-    image, alpha = rectangle(32, 32, (8, 8, 24, 24))
-    out = frame(image, alpha, Framing(64, 1.5, 0.5))
-    assert (out[:, :8] == 0.5).all() and (out[:, :, :8] == 0.5).all()
-    assert (frame(image, 0.5 * alpha, Framing(64)) == 0.5).all()
-    assert object_box(0.5 * alpha) is None and object_box(alpha) == (8, 8, 24, 24)
-    views = frame_views(torch.stack([image, image]), torch.stack([alpha, 0 * alpha]), Framing(16))
-    assert views.shape == (2, 3, 16, 16) and (views[1] == 0.5).all() and not (views[0] == 0.5).all()
-
-
-@pytest.mark.parametrize(
-    "bad", [{"size": 0}, {"margin": 0.5}, {"margin": float("nan")}, {"background": 2.0}, {"detail": 0}]
-)
+@pytest.mark.parametrize("bad", [{"size": 0}, {"margin": 0.5}, {"margin": float("nan")}, {"background": 2.0}])
 def test_impossible_framings(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Framing(**bad)

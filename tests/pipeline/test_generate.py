@@ -597,7 +597,7 @@ def test_the_embedded_model_is_the_default(photos, tmp_path, capsys, monkeypatch
     assert cli.main([*words, "--model", "mini", "-o", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err == (
         "diff2to3 generate: error: mini (embedded): this model cannot generate: it has no structure_flow, "
-        "latent_flow; it has structure_decoder, decoder, image_encoder\n"
+        "latent_flow; it has structure_decoder, decoder, image_encoder. The embedded generator is mini-photo\n"
     )
 
 

@@ -1,7 +1,6 @@
 """Photos to Gaussians through both backbones: against the path written out, alone and in batches, repeatedly."""
 
 import itertools
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,11 +11,9 @@ from pipeline_helpers import NAMES, difference
 
 from diff2to3.checkpoint import read_bundle
 from diff2to3.errors import InputError
-from diff2to3.flow.denoise import Conditions
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.pipeline import ImageTo3D, StageSettings
 from diff2to3.pipeline.load import Options, load_bundle_network
-from diff2to3.pipeline.parts import some_voxels
 from diff2to3.pipeline.prune import shown
 from diff2to3.types import SparseVoxels
 
@@ -144,109 +141,16 @@ def test_no_photo_is_left_out_where_there_are_fewer_steps_than_photos(tiny, mode
     assert difference(other, same) > 1e-4
 
 
-def test_mirror_is_the_mean_with_the_mirrored_photo_s_structure_mirrored_back(tiny, model):
-    """Written out, from mirrored noise; and each item of a batch is what it is alone."""
-    networks, settings = tiny.networks("smdit"), tiny.SETTINGS
-    flow, nothing = networks["structure_flow"], ImageTokens.none(1, 16)
-    mean, std = (torch.tensor(settings["image_latents"][k])[:, None, None] for k in ("mean", "std"))
-    shift, scale = (
-        torch.tensor(settings["structure_latents"][k])[:, None, None, None] for k in ("mean", "std")
-    )
-    noise = torch.randn(1, 4, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-    logits = []
-    with torch.no_grad():
-        for picture, start in (
-            (framed_by_hand(tiny.photo()), noise),
-            (framed_by_hand(tiny.photo()).flip(3), noise.flip(2)),
-        ):
-            image = ImageTokens.from_latents((networks["image_encoder"](picture) - mean) / std, 2)
-            z = euler_by_hand(
-                lambda z, t, yes, image=image: flow(z, t, image if yes else nothing),
-                start, 2, 1.0, 1.5, (0.0, 1.0),
-            )  # fmt: skip
-            logits.append(networks["structure_decoder"](z * scale + shift)[0, 0])
-    expected = (logits[0] + logits[1].flip(0)) / 2
-    threshold = float(expected.flatten().sort().values[-100:-98].mean())  # between the logits of two cells
-    stage = StageSettings(2, 1.5, shift=1.0, threshold=threshold, mirror=True)
-    made = model(tiny.photo(), seed=1, structure=stage)
-    assert torch.equal(made.latents.coords[:, 1:].long(), (expected > threshold).nonzero())
-    plain = model(tiny.photo(), seed=1, structure=replace(stage, mirror=False))
-    assert not torch.equal(plain.latents.coords, made.latents.coords)
-    _, again = model.batch([tiny.photo(1), tiny.photo()], [2, 1], structure=stage)
-    assert difference(again, made) < 1e-5
-
-
-def test_mirror_of_the_latents_adds_the_mirrored_photo_s_gaussians_mirrored_back(tiny, model):
-    """Each on its own structure, half as dense; and each item of a batch is what it is alone."""
-    first, stage = model.structure_settings, replace(model.latent_settings, mirror=True)
-    plain, made = (model(tiny.photo(), seed=1, latent=s) for s in (model.latent_settings, stage))
-    count = len(plain.gaussians)
-    assert torch.equal(made.latents.coords, plain.latents.coords)
-    assert torch.equal(made.latents.feats, plain.latents.feats)
-    assert torch.equal(plain.coords, plain.latents.coords[:, 1:])
-    assert torch.equal(made.gaussians.means[:count], plain.gaussians.means)
-    opacities = 1 - (1 - made.gaussians.opacities[:count]) ** 2
-    torch.testing.assert_close(opacities, plain.gaussians.opacities, rtol=0, atol=1e-5)
-
-    photo = model.photo(tiny.photo()).mirrored()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        conditions = model.stage_conditions([photo], [(photo,)]).latent
-        model.structure_logits(conditions, first, [generator])  # noise is drawn in this order
-        torch.randn(plain.latents.feats.shape, generator=generator)
-        logits = model.structure_logits(conditions, first, [generator])
-        coords = (logits[:, 0] > first.threshold).nonzero().int()
-        latents = model.sample_latents(coords, conditions, model.latent_settings, [generator])
-        (other,) = model.networks.decoder(latents)
-    assert len(made.gaussians) == count + len(other)
-    means = other.means * torch.tensor([-1.0, 1.0, 1.0])
-    torch.testing.assert_close(made.gaussians.means[count:], means, rtol=0, atol=1e-5)
-    torch.testing.assert_close(made.gaussians.sh[count:], other.sh, rtol=0, atol=1e-5)
-    back = {(15 - x, y, z) for _, x, y, z in coords.tolist()}
-    own = {tuple(row) for row in plain.coords.tolist()}
-    assert {tuple(row) for row in made.coords.tolist()} == own | back != own
-    assert len(made.coords) == len(own | back)
-
-    _, again = model.batch([tiny.photo(1), tiny.photo()], [2, 1], latent=stage)
-    assert difference(again, made) < 1e-5
-
-
-def test_both_mirrors_share_one_structure(tiny, model):
-    first, second = (replace(s, mirror=True) for s in (model.structure_settings, model.latent_settings))
-    mean = model(tiny.photo(), seed=1, structure=first)
-    made = model(tiny.photo(), seed=1, structure=first, latent=second)
-    assert torch.equal(made.coords, mean.coords) and len(made.gaussians) == 2 * len(mean.gaussians)
-
-
 def test_pruned_objects_are_without_what_no_side_shows(tiny, model):
-    """Also of both guesses of a mirror; where nothing shows as much as is asked for, all stay."""
-    for mirror in (False, True):
-        whole, pruned, kept = (
-            model(
-                tiny.photo(), seed=1, latent=replace(model.latent_settings, mirror=mirror, prune=pixels)
-            ).gaussians
-            for pixels in (0.0, 2.0, 1e9)
-        )
-        assert 0 < len(pruned) < len(whole) == len(kept)
-        rows = {tuple(row) for row in whole.means.tolist()}
-        assert {tuple(row) for row in pruned.means.tolist()} <= rows
-        assert len(pruned) == int((shown(whole) >= 2).sum())
-
-
-def test_a_mirror_image_without_voxels_gets_one(tiny, model, monkeypatch):
-    """Nothing of it is lost, as long as the photo itself has some."""
-    logits, calls = model.structure_logits, []
-
-    def nothing_second(*args, **kwargs):
-        calls.append(args)
-        made = logits(*args, **kwargs)
-        return made if len(calls) == 1 else made - 1e6
-
-    monkeypatch.setattr(model, "structure_logits", nothing_second)
-    plain = model(tiny.photo(), seed=1)
-    calls.clear()
-    made = model(tiny.photo(), seed=1, latent=replace(model.latent_settings, mirror=True))
-    assert len(made.gaussians) - len(plain.gaussians) == len(plain.gaussians) // len(plain.latents)
+    """Where nothing shows as much as is asked for, all stay."""
+    whole, pruned, kept = (
+        model(tiny.photo(), seed=1, latent=replace(model.latent_settings, prune=pixels)).gaussians
+        for pixels in (0.0, 2.0, 1e9)
+    )
+    assert 0 < len(pruned) < len(whole) == len(kept)
+    rows = {tuple(row) for row in whole.means.tolist()}
+    assert {tuple(row) for row in pruned.means.tolist()} <= rows
+    assert len(pruned) == int((shown(whole) >= 2).sum())
 
 
 def test_the_sampler_that_is_asked_for_runs(tiny, model):
@@ -273,20 +177,17 @@ def test_a_lower_threshold_adds_voxels_to_the_same_structure(tiny, model):
     assert least < usual < most and len(most) == 16**3
 
 
-@pytest.mark.parametrize("mirrors", list(itertools.product((False, True), repeat=2)))
-def test_progress_counts_every_step_of_a_stage_once(tiny, model, mirrors):
+def test_progress_counts_every_step_of_a_stage_once(tiny, model):
     """Of a batch, too: stage 1 takes an item at a time there."""
     stages = model.structure_settings, model.latent_settings
-    first, second = (replace(s, mirror=m) for s, m in zip(stages, mirrors, strict=True))
     reported = {"structure": [], "latents": []}
 
     def progress(stage, step, steps):
         reported[stage].append((step, steps))
 
-    model.batch([tiny.photo(), tiny.photo(1)], [1, 2], structure=first, latent=second, progress=progress)
-    for stage, passes in (("structure", 2 if mirrors == (False, True) else 1), ("latents", 1 + mirrors[1])):
-        items = 2 if stage == "structure" else 1
-        steps = passes * items * (first if stage == "structure" else second).num_steps
+    model.batch([tiny.photo(), tiny.photo(1)], [1, 2], progress=progress)
+    for stage, own, items in zip(("structure", "latents"), stages, (2, 1), strict=True):
+        steps = items * own.num_steps
         assert reported[stage] == [(k + 1, steps) for k in range(steps)]
 
 
@@ -348,48 +249,6 @@ def test_ready_pictures_are_taken_as_they_are(tiny, model):
 def test_what_callers_get_wrong(tiny, model, call, message):
     with pytest.raises(InputError, match=message):
         call(model, tiny.photo())
-
-
-def test_stage_1_may_see_the_photo_through_an_encoder_of_its_own(tiny, tmp_path):
-    """Written out; also with a mirror, and each item of a batch is what it is alone."""
-    model = ImageTo3D.from_pretrained(str(tiny.write_generator(tmp_path / "model", two_encoders=True)))
-    networks, picture = tiny.networks(two_encoders=True), framed_by_hand(tiny.photo())
-
-    def seen(name, settings, image):
-        mean, std = (torch.tensor(tiny.SETTINGS[settings][k])[:, None, None] for k in ("mean", "std"))
-        return Conditions(((networks[name](image) - mean) / std,))
-
-    with torch.no_grad():
-        own, mirrored = (
-            seen("structure_image_encoder", "structure_image_latents", image)
-            for image in (picture, picture.flip(3))
-        )
-        plain = seen("image_encoder", "image_latents", picture)
-        for first in (model.structure_settings, replace(model.structure_settings, mirror=True)):
-            generator = torch.Generator().manual_seed(1)
-            across = mirrored if first.mirror else None
-            coords = some_voxels(model.structure_logits(own, first, [generator], mirrored=across), 0.0)
-            latents = model.sample_latents(coords, plain, model.latent_settings, [generator])
-            made = model(tiny.photo(), seed=1, structure=first)
-            assert torch.equal(made.latents.coords, latents.coords)
-            torch.testing.assert_close(made.latents.feats, latents.feats, rtol=0, atol=1e-4)
-            _, again = model.batch([tiny.photo(1), tiny.photo()], [2, 1], structure=first)
-            assert difference(again, made) < 1e-5
-
-
-def test_stage_1_s_own_encoder_has_to_fit(tiny, tmp_path):
-    folder = tiny.write_generator(tmp_path / "model", two_encoders=True)
-    text = (folder / "model.json").read_text()
-    info = json.loads(text)
-    info["settings"]["structure_image_latents"]["mean"].append(0.0)
-    (folder / "model.json").write_text(json.dumps(info))
-    with pytest.raises(InputError, match="structure_image_latents: expected 3 means and deviations, got 4"):
-        ImageTo3D.from_pretrained(str(folder))
-    info = json.loads(text)
-    del info["networks"]["structure_image_encoder"]
-    (folder / "model.json").write_text(json.dumps(info))
-    with pytest.raises(InputError, match="channels"):
-        ImageTo3D.from_pretrained(str(folder))
 
 
 @pytest.mark.parametrize(

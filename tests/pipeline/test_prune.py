@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from diff2to3.gaussians.combine import chosen
 from diff2to3.gaussians.render import EPS2D, render
 from diff2to3.kernels.rasterize import rasterize
 from diff2to3.pipeline.prune import NUM_VIEWS, SIZE, shown, without_hidden
@@ -48,5 +47,5 @@ def test_what_is_inside_goes_and_is_not_missed():
     assert 3000 < len(kept) <= 4000 and kept.means.norm(dim=1).min() > 0.39
     before, after = (render(g, *cameras(5, 64, 7), 64, 64, background=1.0).colors for g in (whole, kept))
     assert (before - after).abs().max() < 0.03
-    assert torch.equal(chosen(whole, torch.arange(100)).sh, inside.sh)
+    assert torch.equal(whole.chosen(torch.arange(100)).sh, inside.sh)
     assert without_hidden(whole, 1e9) is whole

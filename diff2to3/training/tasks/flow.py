@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from diff2to3.checkpoint import (
-    STRUCTURE_IMAGE_ENCODER,
     BundleInfo,
     NetworkEntry,
     read_bundle,
@@ -27,7 +26,7 @@ from diff2to3.errors import InputError
 from diff2to3.flow.denoise import StageSettings
 from diff2to3.flow.framing import Framing
 from diff2to3.flow.matching import noised, squared_error, target_velocity
-from diff2to3.flow.networks import FlowConfig, build_network, predict, see, velocity_of
+from diff2to3.flow.networks import FlowConfig, build_network, predict, velocity_of
 from diff2to3.flow.normalization import Normalization, Statistics
 from diff2to3.flow.samplers import SAMPLERS, guided, timesteps
 from diff2to3.flow.tokens import ImageTokens
@@ -35,13 +34,10 @@ from diff2to3.tensors import half_tensors
 from diff2to3.training.config import TrainConfig
 from diff2to3.training.task import Randomness
 from diff2to3.training.tasks.flow_augment import AugmentConfig
-from diff2to3.training.tasks.flow_generated import GeneratedObjective, StructureStage
 from diff2to3.training.tasks.flow_objective import (
     BatchStages,
-    CoarseObjective,
     FlowLossConfig,
     FlowObjective,
-    Refiner,
     Tensors,
     latent_member,
     point_member,
@@ -50,28 +46,9 @@ from diff2to3.training.tasks.flow_objective import (
 )
 from diff2to3.training.tasks.flow_pictures import Judge
 from diff2to3.types import SparseVoxels
-from diff2to3.vae.sparse_structure import coarsened
-from diff2to3.vae.structure_loss import intersection_over_union
 
 #: Times at which validation measures the loss.
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-
-
-@dataclass(frozen=True)
-class GeneratedConfig:
-    """Stage latents: to learn on voxels that a trained stage 1 generates, and not on the assets' own.
-
-    bundle     name or folder of a whole model; null for the assets' own voxels
-    tokens     stage of the condition images' latents that this model's stage 1 sees; null for those of stage 2
-    threshold  the logit above which a voxel is active; below 0, there are more of them to choose from
-    share      with data.expected: the expected occupancy above which a voxel is active, in place of stage 1's own
-               guess, which is better on assets that it was trained with than it is on others
-    """
-
-    bundle: str | None = None
-    tokens: str | None = None
-    threshold: float = 0.0
-    share: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -83,12 +60,7 @@ class FlowDataConfig:
     tokens   stage of the condition images' latents
     bundle   folder with the decoder of these latents, for pictures and scores, and with their statistics (else
              those of the training split are taken); null for neither
-    expected  a stage that train/lookalikes.py wrote, null for none. Stage structure: its occupancy takes the place of
-              the assets' own in the losses. Stage latents with data.generated: training takes the voxels from it; to
-              be written with --own-share 0
     augment  random changes of the condition images' latents while training; see :class:`AugmentConfig`
-    generated  see :class:`GeneratedConfig`; ``augment`` then changes what stage 1 sees, and that alone: on assets that
-               it was trained with it has to be made as unsure as it is on others
     points   stage latents: a stage points_<N>, for loss.render.surface; null without that
     validation_assets  how many of split ``val`` validation takes; spread evenly over the split
     """
@@ -97,19 +69,17 @@ class FlowDataConfig:
     latents: str = MISSING
     tokens: str = MISSING
     bundle: str | None = None
-    expected: str | None = None
     points: str | None = None
     validation_assets: int = 32
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    generated: GeneratedConfig = field(default_factory=GeneratedConfig)
 
 
 @dataclass(frozen=True)
 class FlowRunConfig:
     """A training run of one stage.
 
-    sampling  how the model is sampled by whoever loads its bundle, and in validation, which does without ``mirror`` and
+    sampling  how the model is sampled by whoever loads its bundle, and in validation, which does without
               ``prune``
     """
 
@@ -120,43 +90,24 @@ class FlowRunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        if self.loss.compares_occupancy and (self.model.stage == "latents" or not self.data.bundle):
+        if self.loss.judges_occupancy and (self.model.stage == "latents" or not self.data.bundle):
             raise ValueError(
-                "loss.dice, cross_entropy, coarse, fine: need stage structure, and data.bundle with the decoder of its "
-                "latents"
+                "loss.dice, cross_entropy: need stage structure, and data.bundle with the decoder of its latents"
             )
         render = self.loss.render
         if render.weight and (self.model.stage == "structure" or not self.data.bundle):
             raise ValueError(
                 "loss.render: needs stage latents, and data.bundle with the decoder of its latents"
             )
-        generated = self.data.generated.bundle is not None
-        if generated and not render.weight:
-            raise ValueError(
-                "data.generated: needs loss.render, for generated voxels have no latents to learn"
-            )
         if render.weight and render.view_set not in self.data.loader.views:
             raise ValueError(f"loss.render: needs data.loader.views with {render.view_set!r} among them")
-        if self.data.expected and self.model.stage == "latents" and not generated:
-            raise ValueError("data.expected: stage latents needs data.generated with it")
         if render.surface and not self.data.points:
             raise ValueError("loss.render.surface: needs data.points, a stage of points on the surface")
-        if self.loss.guesses and not self.model.coarse_resolution:
-            raise ValueError("loss.coarse, loss.fine: need model.coarse_resolution, of the coarse grid")
         kind = "latents_" if self.model.stage == "latents" else "structures_"
         if not self.data.latents.startswith(kind) and self.data.latents != MISSING:
             raise ValueError(
                 f"data.latents: stage {self.model.stage} learns {kind}<name>, got {self.data.latents!r}"
             )
-
-
-def flow_task(config: FlowRunConfig) -> FlowTask:
-    """The task of a run: all of the network; with ``loss.coarse_only`` what sees the image alone; with
-    ``data.generated`` stage 2 on generated voxels.
-    """
-    if config.data.generated.bundle is not None:
-        return GeneratedTask(config)
-    return CoarseTask(config) if config.loss.coarse_only else FlowTask(config)
 
 
 class FlowTask:
@@ -178,32 +129,23 @@ class FlowTask:
             "loss": c.loss,
             "latents": Normalization(self.latent_statistics()),
             "image": Normalization(self.statistics(c.data.tokens)),
-            "stages": BatchStages(c.data.latents, c.data.tokens, c.data.expected, c.data.points),
+            "stages": BatchStages(c.data.latents, c.data.tokens, c.data.points),
             "resolution": c.model.resolution,
             "image_patch_size": c.model.image_patch_size,
             "decoder": self.judge.decoder if c.loss.decodes and self.judge else None,
             "augment": c.data.augment,
-            "refiner": self.refiner() if c.loss.fine else None,
         }
-
-    def refiner(self) -> Refiner:
-        """For the fine loss."""
-        model = self.config.model
-        return Refiner(model.resolution // model.patch_size, model.coarse_resolution, self.grid_resolution)
 
     def blocks(self, objective: nn.Module) -> list[nn.Module]:
         network: Any = objective.network
         if hasattr(network, "double_blocks"):
-            return [*network.image_blocks, *network.double_blocks, *network.single_blocks]
+            return [*network.double_blocks, *network.single_blocks]
         return list(network.blocks)
 
     def loader(self, seed: int, rank: int, world_size: int) -> TrainLoader:
         data = self.config.data
-        compares = self.config.loss.compares_occupancy and self.judge is not None
         names, grids = self.tensor_names(), []
-        if data.expected is not None:
-            names.append(view_member(data.expected))
-        elif compares:
+        if self.config.loss.judges_occupancy:
             grids.append(self.grid_resolution)
         if self.config.loss.render.surface and data.points is not None:
             names.append(point_member(data.points))
@@ -319,22 +261,6 @@ class FlowTask:
         if self.judge is not None:
             made = self.generate(objective, latents, image)
             numbers |= self.judge.scores(store, assets, latents, made)
-        return numbers | self.guess_scores(objective, store, assets, image)
-
-    def guess_scores(
-        self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset], image: ImageTokens
-    ) -> dict[str, list[float]]:
-        """IoU of what is guessed from the images alone, where that is learnt."""
-        seen = see(objective.network, image)
-        if self.judge is None or seen is None or seen.coarse is None:
-            return {}
-        numbers: dict[str, list[float]] = {}
-        truths = torch.stack(self.judge.truths(store, assets, self.grid_resolution)).to(seen.coarse.device)
-        if self.config.loss.coarse:
-            wanted = coarsened(truths, seen.coarse.shape[-1])
-            numbers["coarse_iou"] = intersection_over_union(seen.coarse, wanted).tolist()
-        if objective.refiner is not None:
-            numbers["fine_iou"] = intersection_over_union(objective.refiner(seen.coarse), truths).tolist()
         return numbers
 
     def export(self, objective: nn.Module, folder: Path) -> None:
@@ -343,13 +269,11 @@ class FlowTask:
         network: Any = objective.network
         structure = self.config.model.stage == "structure"
         name, latents = objective.name, "structure_latents" if structure else "latents"
-        own_encoder = self.token_settings().get("network") == STRUCTURE_IMAGE_ENCODER
-        image = "structure_image_latents" if own_encoder else "image_latents"
         config = config_to_dict(network.config)
         entry = NetworkEntry(type(network).__name__, config, f"{name}.safetensors")
         settings = {
             latents: objective.latents.statistics(),
-            image: objective.image.statistics(),
+            "image_latents": objective.image.statistics(),
             "condition": self.condition(),
             "samplers": {"structure" if structure else "latent": config_to_dict(self.config.sampling)},
         }
@@ -364,63 +288,6 @@ class FlowTask:
     def token_settings(self) -> dict[str, Any]:
         """What the condition images' latents were made with."""
         return read_json(Path(self.config.data.root) / self.config.data.tokens / "settings.json")
-
-
-class CoarseTask(FlowTask):
-    """Only what sees the image alone, on the coarse grid that it guesses."""
-
-    def objective(self) -> CoarseObjective:
-        return CoarseObjective(**self.parts())
-
-    def blocks(self, objective: nn.Module) -> list[nn.Module]:
-        network: Any = objective.network
-        return list(network.image_blocks)
-
-    def tensor_names(self) -> list[str]:
-        return [view_member(self.config.data.tokens)]
-
-    def samples(self, objective: nn.Module, randomness: Randomness) -> dict[str, Tensor]:
-        return {}
-
-    def measure(
-        self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset]
-    ) -> dict[str, list[float]]:
-        image = objective.images(self.read(objective, store, assets))
-        return self.guess_scores(objective, store, assets, image)
-
-
-class GeneratedTask(FlowTask):
-    """Stage 2 on generated voxels."""
-
-    def objective(self) -> GeneratedObjective:
-        generated = self.config.data.generated
-        assert generated.bundle is not None
-        structure = StructureStage(generated.bundle, generated.threshold)
-        sees = None
-        if generated.tokens is not None:
-            sees = (generated.tokens, Normalization(self.statistics(generated.tokens)))
-        return GeneratedObjective(structure, sees, generated.share, **self.parts())
-
-    def tensor_names(self) -> list[str]:
-        data = self.config.data
-        stages = dict.fromkeys([data.tokens, data.generated.tokens or data.tokens])
-        return [view_member(stage) for stage in stages]
-
-    def measure(
-        self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset]
-    ) -> dict[str, list[float]]:
-        assert self.judge is not None
-        return self.judge.scores(store, assets, *self.made(objective, store, assets))
-
-    def made(
-        self, objective: FlowObjective, store: AssetStore, assets: list[PlannedAsset]
-    ) -> tuple[Tensor | SparseVoxels, Tensor]:
-        """On generated voxels; nothing is augmented."""
-        assert isinstance(objective, GeneratedObjective)
-        tensors = self.read(objective, store, assets)
-        generators = [Randomness(0, 0).generator(asset.id) for asset in assets]
-        voxels = objective.generated(tensors, generators)
-        return voxels, objective.latents.invert(voxels.feats)
 
 
 def spread(assets: list[PlannedAsset], count: int) -> list[PlannedAsset]:

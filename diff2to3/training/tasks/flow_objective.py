@@ -2,8 +2,6 @@
 
 batch.tensors ─normalise─▶ z_0, image tokens ─▶ z_t = (1 − t) z_0 + t ε ─network─▶ v ↔ ε − z_0
     stage structure, with weights for them:  ẑ_0 = z_t − t v ─decoder─▶ logits ↔ batch.occupancy
-                                             image ─network.see─▶ logits of a coarse grid ↔ batch.occupancy, max-pooled
-        in place of batch.occupancy, where it is asked for: the mean occupancy of assets whose pictures look alike
     stage latents:                           ẑ_0 ─decoder─▶ Gaussians ─▶ renderings ↔ batch.views
                                                        centres ↔ points on the surface
 """
@@ -18,10 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from diff2to3.data.encodings import MEMBER
-from diff2to3.flow.dit import to_grid, to_tokens
-from diff2to3.flow.image_tower import SeenImage
 from diff2to3.flow.matching import PathConfig, draw_times, noised, squared_error, target_velocity
-from diff2to3.flow.networks import predict, see
+from diff2to3.flow.networks import predict
 from diff2to3.flow.normalization import Normalization
 from diff2to3.flow.tokens import ImageTokens
 from diff2to3.training.tasks.flow_augment import AugmentConfig, augmented
@@ -30,11 +26,9 @@ from diff2to3.training.tasks.vae_objective import (
     drawn_and_true,
     of_asset,
     random_backgrounds,
-    sum_weighted,
 )
 from diff2to3.types import Gaussians, SparseVoxels
 from diff2to3.vae.losses import l1, l2, surface_distances
-from diff2to3.vae.sparse_structure import coarsened
 from diff2to3.vae.structure_loss import cross_entropy, dice_loss
 
 #: Mean squared error below which the logarithm stops counting: 40 dB.
@@ -75,20 +69,12 @@ class FlowLossConfig:
     path           the times that are learnt at
     image_dropout  how often the image is left out, for guidance
     velocity       weight of the velocity's squared error, which makes it a flow
-    cross_entropy  stage structure: weight of the cross-entropy of the occupancy that the predicted latents decode to;
-                   with data.expected the decoder's logits become those of probabilities. Not for items whose image is
-                   left out
+    cross_entropy  stage structure: weight of the cross-entropy of the occupancy that the predicted latents decode to.
+                   Not for items whose image is left out
     dice           stage structure: weight of the dice loss of the occupancy that the predicted latents decode to. The
                    mean of several possible latents, which is what the squared error asks for near t = 1, decodes to
                    next to nothing; this asks for the cells that are most likely occupied. Not for items whose image is
                    left out.
-    coarse         the same: weight of the dice loss and cross-entropy (with data.expected: of that alone) of the coarse
-                   grid that the network guesses from the image alone (model.coarse_resolution)
-    fine           the same: weight of the dice loss and cross-entropy of the whole occupancy grid, which a small
-                   network, not kept after training, makes of the coarse logits, a voxel token at a time. So these
-                   tell where in a coarse cell the surface is, of which ``coarse`` alone says nothing
-    coarse_only    only these two are learnt, by the layers before image and volume meet; a step takes a fraction of
-                   the time. To begin with; then train.init_from that run, without this
     render         see :class:`RenderLossConfig`
     """
 
@@ -97,17 +83,12 @@ class FlowLossConfig:
     velocity: float = 1.0
     cross_entropy: float = 0.0
     dice: float = 0.0
-    coarse: float = 0.0
-    fine: float = 0.0
-    coarse_only: bool = False
     render: RenderLossConfig = field(default_factory=RenderLossConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.image_dropout <= 1:
             raise ValueError(f"image_dropout: expected a probability, got {self.image_dropout}")
-        check_weights(self, ("velocity", "cross_entropy", "dice", "coarse", "fine"))
-        if self.coarse_only and not self.guesses:
-            raise ValueError("coarse_only: needs a weight for coarse or fine")
+        check_weights(self, ("velocity", "cross_entropy", "dice"))
 
     @property
     def decodes(self) -> bool:
@@ -115,19 +96,9 @@ class FlowLossConfig:
         return self.judges_occupancy or self.render.weight > 0
 
     @property
-    def compares_occupancy(self) -> bool:
-        """Whether batches need the occupancy grid."""
-        return self.judges_occupancy or self.guesses
-
-    @property
     def judges_occupancy(self) -> bool:
         """Whether what structure latents decode to is compared."""
         return self.dice > 0 or self.cross_entropy > 0
-
-    @property
-    def guesses(self) -> bool:
-        """Whether what the network makes of the image alone is compared."""
-        return self.coarse > 0 or self.fine > 0
 
 
 @dataclass(frozen=True)
@@ -135,13 +106,11 @@ class BatchStages:
     """Stages of the data set that batches have tensors of.
 
     latents, tokens  the latents that are learnt, and those of the condition images
-    expected  the occupancy that takes the truth's place; None for the truth
     points    points on the surface; None without that loss
     """
 
     latents: str
     tokens: str
-    expected: str | None = None
     points: str | None = None
 
 
@@ -167,10 +136,9 @@ class FlowObjective(nn.Module):
         image_patch_size: int,
         decoder: nn.Module | None = None,
         augment: AugmentConfig | None = None,
-        refiner: Refiner | None = None,
     ) -> None:
         """``resolution``: of the voxels that sparse latents are on. ``decoder``: of the latents, for the losses on what
-        they decode to; it is neither trained nor saved. ``refiner``: for the fine loss; it is not exported.
+        they decode to; it is neither trained nor saved.
         """
         super().__init__()
         self.name = "latent_flow" if stages.latents.startswith("latents_") else "structure_flow"
@@ -180,7 +148,6 @@ class FlowObjective(nn.Module):
         self.stages, self.resolution = stages, resolution
         self.image_patch_size = image_patch_size
         self.augment = augment or AugmentConfig()
-        self.refiner = refiner
         self.decoders = (decoder,)  # in a tuple, so that its weights are not the module's
 
     @property
@@ -236,54 +203,23 @@ class FlowObjective(nn.Module):
             times = t.reshape(-1, 1, 1, 1, 1)
             noisy = noised(latents, noise, times)
             target, bounds = target_velocity(latents, noise), None
-        wanted = self.occupancy(batch) if self.loss.compares_occupancy else None
-        seen = see(self.network, image)
-        velocity = predict(self.network, noisy, t, image, seen=seen)
+        velocity = predict(self.network, noisy, t, image)
         error = squared_error(velocity, target, bounds)
         loss, terms = self.loss.velocity * error, {"velocity": error}
         if self.loss.judges_occupancy:
-            assert isinstance(noisy, Tensor) and wanted is not None
+            assert isinstance(noisy, Tensor)
+            wanted = true_grid(batch)
             logits = self.occupancy_logits(noisy - times * velocity)
             for name, function in (("dice", dice_loss), ("cross_entropy", cross_entropy)):
                 if weight := getattr(self.loss, name):
                     terms[name] = torch.where(drop, 0.0, function(logits, wanted))
                     loss = loss + weight * terms[name]
-        if self.loss.guesses:
-            assert wanted is not None
-            for name, value in self.guess_losses(seen, wanted).items():
-                terms[name] = torch.where(drop, 0.0, value)
-                loss = loss + getattr(self.loss, name) * terms[name]
         if self.loss.render.weight:
             assert isinstance(noisy, SparseVoxels)
             objects = self.decoded(noisy.with_feats(noisy.feats - times * velocity))
             terms["render"] = torch.where(drop, 0.0, self.render_loss(objects, batch, randomness))
             loss = loss + self.loss.render.weight * terms["render"]
         return {"loss": loss, **terms} if len(terms) > 1 else {"loss": loss}
-
-    def occupancy(self, batch: Any) -> Tensor:
-        """What occupancy is compared with [B, R, R, R]: the true one, bool, or the one expected from the image."""
-        if self.stages.expected is None:
-            return true_grid(batch)
-        stored = [item["occupancy"] for item in batch.tensors[view_member(self.stages.expected)]]
-        return torch.stack(stored).float() / 255
-
-    def guess_losses(self, seen: SeenImage | None, wanted: Tensor) -> dict[str, Tensor]:
-        """Dice loss and cross-entropy [B] of what is guessed from the image alone, against occupancy [B, R, R, R]: on
-        the coarse grid and on all of it. Against expected occupancy without the dice loss, whose best guess is no
-        probability.
-        """
-        assert seen is not None and seen.coarse is not None
-
-        def difference(logits: Tensor, grid: Tensor) -> Tensor:
-            entropy = cross_entropy(logits, grid)
-            return entropy if self.stages.expected is not None else dice_loss(logits, grid) + entropy
-
-        terms = {}
-        if self.loss.coarse:
-            terms["coarse"] = difference(seen.coarse, coarsened(wanted, seen.coarse.shape[-1]))
-        if self.refiner is not None:
-            terms["fine"] = difference(self.refiner(seen.coarse), wanted)
-        return terms
 
     def decoder(self, device: torch.device) -> nn.Module:
         """The frozen decoder of the latents, on ``device``: it is not the module's, which so does not move it."""
@@ -328,41 +264,6 @@ class FlowObjective(nn.Module):
         return torch.stack(values)
 
 
-class CoarseObjective(FlowObjective):
-    """The coarse grid that the network guesses from the image alone, and nothing else: only the layers before image and
-    volume meet are trained, and neither latents nor noise are needed.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        network: Any = self.network
-        network.requires_grad_(False)
-        before = () if network.config.coarse_prototypes else (network.image_layer, network.image_blocks)
-        for part in (*before, network.coarse_head):
-            part.requires_grad_(True)
-
-    def forward(self, batch: Any, randomness: Any) -> dict[str, Tensor]:
-        image = self.training_images(batch, randomness)
-        terms = self.guess_losses(see(self.network, image), self.occupancy(batch))
-        return {"loss": sum_weighted(terms, self.loss), **terms}
-
-
-class Refiner(nn.Module):
-    """Coarse logits [B, c, c, c] → logits [B, R, R, R]: the cells of a block from its coarse cells alone, by a small
-    network that all of the ``blocks``³ blocks share.
-    """
-
-    def __init__(self, blocks: int, coarse: int, fine: int, hidden: int = 256) -> None:
-        super().__init__()
-        self.blocks, self.coarse, self.fine = blocks, coarse // blocks, fine // blocks
-        self.hidden_layer = nn.Linear(self.coarse**3, hidden)
-        self.out_layer = nn.Linear(hidden, self.fine**3)
-
-    def forward(self, coarse: Tensor) -> Tensor:
-        hidden = nn.functional.silu(self.hidden_layer(to_tokens(coarse[:, None], self.coarse)))
-        return to_grid(self.out_layer(hidden), self.fine, self.blocks)[:, 0]
-
-
 def latent_member(stage: str) -> str:
     """Where a loader finds latents; the next: the voxels of sparse latents."""
     return f"{stage}/{MEMBER}"
@@ -374,7 +275,7 @@ def stored_image_latents(tensors: Tensors, stage: str) -> Tensor:
 
 
 def view_member(stage: str) -> str:
-    """Of a random view: the same of all stages, for the draw depends on the pattern, which is one."""
+    """Of a random view. The pattern decides which, so that all stages give the same one."""
     return f"{stage}/*.safetensors"
 
 

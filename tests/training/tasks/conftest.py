@@ -37,10 +37,8 @@ def dataset(tmp_path_factory):
         "latents_x": [],
         "structures_x": [],
         "tokens_x": [],
-        "tokens_y": [],
         "views_target": [],
         "points_50": [],
-        "expected_z": [],
     }
     viewmat, K = torch.eye(4), torch.tensor([[24.0, 0, 12], [0, 24, 12], [0, 0, 1]])
     viewmat[2, 3] = 1.5
@@ -52,9 +50,6 @@ def dataset(tmp_path_factory):
         dense = torch.randn(4, 4, 4, 4, generator=generator)
         points = {"points": (torch.rand(50, 3, generator=torch.Generator().manual_seed(i)) - 0.5).half()}
         members["points_50"].append(({"points.safetensors": points}, {"num_points": 50}))
-        grids = torch.randint(256, (VIEWS, 8, 8, 8), generator=torch.Generator().manual_seed(i)).byte()
-        expected = {f"{v:03d}.safetensors": {"occupancy": grid} for v, grid in enumerate(grids)}
-        members["expected_z"].append((expected, {"num_views": VIEWS}))
         images = {
             f"{v:03d}.safetensors": {"latents": torch.randn(3, 8, 8, generator=generator)}
             for v in range(VIEWS)
@@ -66,8 +61,6 @@ def dataset(tmp_path_factory):
             ({"latents.safetensors": {"mean": dense}}, moments(dense.flatten(1).T))
         )
         members["tokens_x"].append((images, {"num_views": VIEWS, **moments(rows)}))
-        own = {name: {"latents": 2 * image["latents"][:2]} for name, image in images.items()}
-        members["tokens_y"].append((own, {"num_views": VIEWS, **moments(2 * rows[:, :2])}))
         pictures = {
             f"{v:03d}.webp": encode_image(torch.rand(24, 24, 3, generator=generator), torch.ones(24, 24))
             for v in range(NUM_TARGETS)
@@ -80,8 +73,6 @@ def dataset(tmp_path_factory):
         settings: dict = {}
         if stage.startswith("tokens_"):
             settings = {"size": 64, "margin": 1.2, "background": 0.5}
-        if stage == "tokens_y":
-            settings["network"] = "structure_image_encoder"
         (root / stage / "settings.json").write_text(json.dumps(settings))
         for asset, (files, info) in zip(plan, items, strict=True):
             stored = {n: x if isinstance(x, bytes) else save_tensors(x) for n, x in files.items()}

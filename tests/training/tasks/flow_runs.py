@@ -4,7 +4,7 @@ import torch
 
 from diff2to3.checkpoint import BundleInfo, NetworkEntry, save_bundle
 from diff2to3.config import config_to_dict, load_config
-from diff2to3.training.tasks.flow import FlowRunConfig, flow_task
+from diff2to3.training.tasks.flow import FlowRunConfig, FlowTask
 
 #: Image latents an asset.
 VIEWS = 3
@@ -33,7 +33,7 @@ def arguments(root, stage, out, **changes):
 
 
 def task_for(root, stage, out="unused", **changes):
-    return flow_task(load_config(FlowRunConfig, None, arguments(root, stage, out, **changes)))
+    return FlowTask(load_config(FlowRunConfig, None, arguments(root, stage, out, **changes)))
 
 
 def random_bundle(tmp_path_factory, name, network, std):

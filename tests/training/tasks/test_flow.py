@@ -17,7 +17,7 @@ from diff2to3.metrics.image import ssim
 from diff2to3.tensors import read_tensors
 from diff2to3.training.run import main
 from diff2to3.training.task import Randomness
-from diff2to3.training.tasks.flow import FlowRunConfig, flow_task
+from diff2to3.training.tasks.flow import FlowRunConfig, FlowTask
 from diff2to3.types import SparseVoxels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -115,116 +115,6 @@ def test_the_dice_loss_is_that_of_what_one_step_to_the_data_decodes_to(dataset, 
             weight.sub_(sign * step * direction)
     slope = (values[0] - values[1]) / (2 * step)
     assert float((gradient * direction).sum()) == pytest.approx(slope, rel=0.02)  # dice is summed in float32
-
-
-def test_the_coarse_loss_is_of_what_the_image_alone_suggests(dataset, structure_bundle):
-    """By hand, in float64; and alone it teaches nothing but what comes before image and volume meet."""
-    changes = {"data.bundle": structure_bundle[0], "loss.image_dropout": 0.4, "loss.coarse": 0.6}
-    model = {"model.absolute": True, "model.image_blocks": 1, "model.coarse_resolution": 4}
-    task = task_for(dataset, "structure", **changes, **model)
-    torch.manual_seed(0)
-    objective = task.objective().double()
-    with torch.no_grad():
-        for parameter in objective.network.parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape))
-    batch = next(iter(task.loader(0, 0, 1)))
-    out = objective(batch, Randomness(3, 4))
-    for i, asset in enumerate(batch.ids):
-        generator = Randomness(3, 4).generator(asset, "flow")
-        torch.rand(1, generator=generator)
-        without = bool(torch.rand(1, generator=generator) < 0.4)
-        image = objective.image(batch.tensors["tokens_x/*.safetensors"][i]["latents"][None].double())
-        p = objective.network.see(ImageTokens.from_latents(image, 2)).coarse[0].sigmoid()
-        y = torch.tensor(
-            [
-                [
-                    [batch.occupancy[8][i, x : x + 2, y : y + 2, z : z + 2].any() for z in (0, 2, 4, 6)]
-                    for y in (0, 2, 4, 6)
-                ]
-                for x in (0, 2, 4, 6)
-            ]
-        ).double()
-        dice = 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
-        entropy = -(y * p.log() + (1 - y) * (1 - p).log()).mean()
-        assert float(out["coarse"][i]) == pytest.approx(0.0 if without else float(dice + entropy), rel=1e-4)
-    torch.testing.assert_close(out["loss"], out["velocity"] + 0.6 * out["coarse"])
-
-    alone = task_for(dataset, "structure", **changes, **model, **{"loss.coarse_only": True})
-    objective = alone.objective()
-    trained = {name.split(".")[1] for name, p in objective.named_parameters() if p.requires_grad}
-    assert trained == {"image_layer", "image_blocks", "coarse_head"}
-    out = objective(batch, Randomness(3, 4))
-    assert set(out) == {"loss", "coarse"}
-    torch.testing.assert_close(out["loss"], 0.6 * out["coarse"])
-    out["loss"].sum().backward()
-    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
-    with torch.no_grad():  # a guess of everything has the share of true cells as its IoU, one of nothing none
-        for name, parameter in objective.network.coarse_head.named_parameters():
-            parameter.zero_()
-            if name.endswith("bias"):
-                parameter.fill_(9.0)
-    everything = alone.validate(objective)["coarse_iou"]
-    assert 0 < everything < 1
-    with torch.no_grad():
-        for name, parameter in objective.network.coarse_head.named_parameters():
-            if name.endswith("bias"):
-                parameter.fill_(-9.0)
-    assert alone.validate(objective)["coarse_iou"] == 0
-
-
-def test_the_fine_loss_is_of_each_block_made_of_its_coarse_cells(dataset, structure_bundle, tmp_path):
-    """By hand, block by block; and what makes the blocks is trained, but no part of the bundle."""
-    changes = {
-        "data.bundle": structure_bundle[0],
-        "loss.coarse": 0.5,
-        "loss.fine": 0.25,
-        "loss.coarse_only": True,
-    }
-    model = {"model.absolute": True, "model.image_blocks": 1, "model.coarse_resolution": 4}
-    task = task_for(dataset, "structure", **changes, **model)
-    objective = task.objective()
-    for parameter in objective.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    batch = next(iter(task.loader(0, 0, 1)))
-    (truth,) = batch.occupancy.values()
-    out = objective(batch, Randomness(3, 4))
-    first, last = objective.refiner.hidden_layer, objective.refiner.out_layer
-    for i in range(len(batch.ids)):
-        image = objective.image(batch.tensors["tokens_x/*.safetensors"][i]["latents"][None])
-        coarse = objective.network.see(ImageTokens.from_latents(image, 2)).coarse[0]
-        logits = torch.zeros(8, 8, 8)
-        for x, y, z in torch.cartesian_prod(*[torch.arange(2)] * 3).tolist():
-            cells = coarse[2 * x : 2 * x + 2, 2 * y : 2 * y + 2, 2 * z : 2 * z + 2].flatten()
-            hidden = first.weight @ cells + first.bias
-            block = last.weight @ (hidden * hidden.sigmoid()) + last.bias
-            logits[4 * x : 4 * x + 4, 4 * y : 4 * y + 4, 4 * z : 4 * z + 4] = block.reshape(4, 4, 4)
-        p, y = logits.sigmoid(), truth[i].float()
-        dice = 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
-        entropy = ((-logits).exp().log1p() + (1 - y) * logits).double().mean()
-        assert float(out["fine"][i]) == pytest.approx(float(dice + entropy), rel=1e-4)
-    torch.testing.assert_close(out["loss"], 0.5 * out["coarse"] + 0.25 * out["fine"])
-    out["loss"].sum().backward()
-    assert all(p.grad is not None for p in objective.refiner.parameters())
-    scores = task.validate(objective)
-    assert set(scores) == {"coarse_iou", "fine_iou"} and all(0 <= v <= 1 for v in scores.values())
-    task.export(objective, tmp_path / "bundle")
-    entry = read_bundle(tmp_path / "bundle").networks["structure_flow"]
-    assert not any("refiner" in name for name in read_tensors(tmp_path / "bundle" / entry.file))
-
-
-@pytest.mark.parametrize(
-    ("stage", "changes"),
-    [
-        ("structure", {"loss.coarse": 1, "data.bundle": "x"}),
-        ("structure", {"loss.coarse": 1, "model.coarse_resolution": 4}),
-        ("structure", {"loss.coarse_only": True}),
-        ("structure", {"loss.fine": 1, "data.bundle": "x"}),
-        ("structure", {"loss.fine": -1}),
-    ],
-)
-def test_the_coarse_loss_needs_a_coarse_grid_and_the_true_one(stage, changes, dataset):
-    with pytest.raises(ValueError, match=r"coarse|fine"):
-        task_for(dataset, stage, **changes)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +251,7 @@ def test_a_run_trains_validates_and_exports(stage, dataset, tmp_path):
     options = {"train.steps": 60, "train.validate_every": 60, "train.ema": 0.9, "train.lr": 0.01}
     options |= {"sampling.num_steps": 2, "loss.image_dropout": 0.1, "train.log_every": 60}
     assert (
-        main(flow_task, FlowRunConfig, [str(config), *arguments(dataset, stage, tmp_path / "run", **options)])
+        main(FlowTask, FlowRunConfig, [str(config), *arguments(dataset, stage, tmp_path / "run", **options)])
         == 0
     )
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -380,14 +270,6 @@ def test_a_run_trains_validates_and_exports(stage, dataset, tmp_path):
     assert len(info.settings[latents]["mean"]) == 4 and len(info.settings["image_latents"]["std"]) == 3
     assert info.settings["samplers"]["structure" if stage == "structure" else "latent"]["num_steps"] == 2
     assert info.settings["condition"] == {"size": 64, "margin": 1.2, "background": 0.5}
-
-
-def test_statistics_of_stage_1_s_own_image_latents_have_a_name_of_their_own(dataset, tmp_path):
-    changes = {"data.tokens": "tokens_y", "model.image_channels": 2}
-    task = task_for(dataset, "structure", **changes)
-    task.export(task.objective(), tmp_path / "bundle")
-    settings = read_bundle(tmp_path / "bundle").settings
-    assert "image_latents" not in settings and len(settings["structure_image_latents"]["mean"]) == 2
 
 
 def test_stage_and_latents_must_agree(dataset):
