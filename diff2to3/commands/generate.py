@@ -30,6 +30,7 @@ from diff2to3.flow.denoise import MULTI_IMAGE_MODES, resampled
 from diff2to3.flow.samplers import SAMPLERS
 from diff2to3.formats import FORMATS, FRAMES, WRITABLE, find_format, format_named
 from diff2to3.machine import choose_device, limit_threads
+from diff2to3.mesh.write import MESH_FORMATS
 from diff2to3.pipeline.cutout import METHODS
 from diff2to3.pipeline.index import METADATA, SHEET, ContactSheet, read_json, write_index
 from diff2to3.pipeline.outputs import (
@@ -93,7 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--mesh", action="store_true",
-        help='also NAME_mesh.glb, a textured triangle mesh; needs pip install "diff2to3[mesh]"',
+        help='also NAME_mesh.glb, a textured triangle mesh; with -o NAME.glb (.obj, .ply, .stl) that file is the mesh; '
+        'needs pip install "diff2to3[mesh]"',
     )  # fmt: skip
     what.add_argument(
         "--bake-filter", action="store_true",
@@ -233,7 +235,7 @@ def run(args: argparse.Namespace) -> int:
             common = describe(args.model, model, device)
             writer: Writer | FileWriter
             if file is not None:
-                writer = FileWriter(file, encoding)
+                writer = FileWriter(file, encoding, mesh=args.mesh)
             else:
                 options: dict[str, Any] = {"viewer": args.viewer, "mesh": args.mesh}
                 options |= {"formats": formats, "encoding": encoding}
@@ -256,9 +258,15 @@ def run(args: argparse.Namespace) -> int:
 def single_file(args: argparse.Namespace, tasks: list[Task], failed: list[Failure]) -> Path | None:
     """The file that ``--out`` names, if it does. InputError where there is more than one asset to write."""
     out: Path = args.out
-    if not out.name.lower().endswith(FILES) or out.is_dir():
+    meshes = tuple(f".{kind}" for kind in MESH_FORMATS)
+    if not out.name.lower().endswith((*FILES, *meshes) if args.mesh else FILES) or out.is_dir():
         return None
-    format_named(find_format(out).name)  # some are only read
+    if args.mesh and not out.name.lower().endswith(meshes):
+        raise InputError(
+            f"--out: {out} is a file of Gaussians; with --mesh name one of {', '.join(meshes)}, or a folder"
+        )
+    if not args.mesh:
+        format_named(find_format(out).name)  # some are only read
     if len(tasks) + len(failed) != 1:
         raise InputError(
             f"--out: {out} is one file, and there are {len(tasks) + len(failed)} assets; name a folder"

@@ -175,15 +175,18 @@ class Writer:
 
 
 class FileWriter:
-    """Writes the Gaussians of one result, in the format that the path's ending names, and nothing else.
+    """Writes one result to one file, in the format that the path's ending names, and nothing else.
 
-    ``encoding``: options of :func:`diff2to3.formats.encode`.
+    ``encoding``: options of :func:`diff2to3.formats.encode`. ``mesh``: a textured mesh in place of the Gaussians.
     """
 
-    def __init__(self, path: Path, encoding: Mapping[str, Any] | None = None) -> None:
-        self.path, self.encoding = path, dict(encoding or {})
+    def __init__(self, path: Path, encoding: Mapping[str, Any] | None = None, *, mesh: bool = False) -> None:
+        self.path, self.encoding, self.mesh = path, dict(encoding or {}), mesh
 
     def write(self, stem: str, result: Result, own: Mapping[str, Any]) -> tuple[Path, list[str]]:
+        if self.mesh:
+            files = write_mesh(self.path, result.to_mesh())
+            return self.path, [file.name for file in files]
         result.save(self.path, **self.encoding)
         return self.path, [self.path.name]
 

@@ -329,6 +329,21 @@ def test_out_may_be_one_file(generate, photos, tmp_path, capsys):
     assert files_below(tmp_path) == {"new/chair.ply"}
 
 
+def test_one_file_may_be_a_mesh(generate, photos, tmp_path, capsys):
+    for package in ("fast_simplification", "xatlas", "scipy", "trimesh"):
+        pytest.importorskip(package, reason="needs the mesh extra")
+    import trimesh
+
+    assert generate(photos[0], "-o", tmp_path / "chair.glb", "--mesh") == 0
+    scene = trimesh.load(tmp_path / "chair.glb", process=False)
+    assert sum(len(part.faces) for part in scene.geometry.values()) > 10
+    assert generate(photos[0], "-o", tmp_path / "chair.obj", "--mesh") == 0
+    assert {"chair.glb", "chair.obj", "chair.mtl"} <= files_below(tmp_path)
+    capsys.readouterr()
+    assert generate(photos[0], "-o", tmp_path / "chair.spz", "--mesh") == 2
+    assert "is a file of Gaussians; with --mesh name one of .glb, .obj" in capsys.readouterr().err
+
+
 def test_the_printed_time_includes_the_start(generate, photos, tmp_path, capsys):
     before = time.perf_counter()
     assert generate(photos[0], "-o", tmp_path) == 0
