@@ -24,6 +24,8 @@ class HiddenConfig:
     detail   how much of a Gaussian's own lighter or darker stays
     across   deviation of the blur across the photo, in cells; depth: along it
     guesses  deviation of the blur of the guesses
+    glimpse  what the photo sees of a Gaussian above which it stays as it is: changing what is seen a little costs
+             1.7 dB at the photo's camera
     """
 
     share: float = 0.8
@@ -31,6 +33,7 @@ class HiddenConfig:
     across: float = 2.0
     depth: float = 8.0
     guesses: float = 0.8
+    glimpse: float = 1 / 6
 
 
 def quiet_hidden(gaussians: Gaussians, seen: Tensor, config: HiddenConfig | None = None) -> Gaussians:
@@ -47,11 +50,11 @@ def quiet_hidden(gaussians: Gaussians, seen: Tensor, config: HiddenConfig | None
     sizes = gaussians.opacities * gaussians.scales.prod(1).clamp(min=1e-12) ** (2 / 3)
     sizes = sizes / sizes.mean().clamp(min=1e-12)
     before = weighted_mean(gaussians.means, colors, sizes * seen.square(), (c.across, c.depth, c.across))
-    guesses = weighted_mean(gaussians.means, colors, sizes * (1 - seen).square(), (c.guesses,) * 3)
+    hidden = (1 - seen / c.glimpse).clamp(min=0)
+    guesses = weighted_mean(gaussians.means, colors, sizes * hidden.square(), (c.guesses,) * 3)
     detail = (colors - guesses).mean(1, keepdim=True)
     quiet = c.share * before + (1 - c.share) * guesses + c.detail * detail
-    hidden = (1 - seen)[:, None]
-    mixed = colors + hidden * (quiet - colors)
+    mixed = colors + hidden[:, None] * (quiet - colors)
     return replace(gaussians, sh=torch.cat([mixed[:, None], gaussians.sh[:, 1:]], 1))
 
 

@@ -81,3 +81,13 @@ def test_only_colours_change():
     for name in ("means", "quats", "scales", "opacities"):
         assert torch.equal(getattr(quiet, name), getattr(gaussians, name))
     assert 0.2 < float(colors_of(quiet)[144:].mean()) < 0.4
+
+
+def test_what_the_photo_glimpses_stays():
+    """A Gaussian between others is seen a little; the photo says what colour it has."""
+    gaussians = wall(torch.full((144, 3), 0.2), torch.full((144, 3), 0.6))
+    glimpsed = SEEN.clone()
+    glimpsed[144:200] = 0.2
+    quiet = quiet_hidden(gaussians, glimpsed)
+    assert torch.equal(quiet.sh[144:200], gaussians.sh[144:200])
+    assert float((quiet.sh[200:] - gaussians.sh[200:]).abs().min()) > 0.1
