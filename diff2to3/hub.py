@@ -61,7 +61,7 @@ class Source:
             return path
         hint = (
             f"download the repository on a machine with a connection (hf download {self.name} --local-dir FOLDER) "
-            f"and give --model FOLDER, with FOLDER/{relative} in it"
+            f"and name FOLDER as the model, with FOLDER/{relative} in it"
         )
         return download(self.name, relative, self.offline, hint)
 

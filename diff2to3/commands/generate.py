@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from diff2to3.pipeline.result import Result
 
 DEFAULT_MODEL = "mini-photo"
+#: Arguments of the library → options of this command, where they have other names.
+FLAGS = {"num_steps": "--steps", "guidance_scale": "--guidance-scale", "sampler": "--sampler"}
 #: Endings with which --out names a file.
 FILES = tuple(entry.ending for entry in FORMATS.values())
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -287,6 +289,13 @@ def load(args: argparse.Namespace, device: torch.device) -> ImageTo3D:
     )
 
 
+def by_flags(message: str) -> str:
+    """What the library says of its arguments, in this command's words."""
+    for name, flag in FLAGS.items():
+        message = message.replace(name, flag)
+    return message
+
+
 class Run:
     """Works through the tasks in batches; one bad input of several does not stop the others."""
 
@@ -296,7 +305,10 @@ class Run:
         self.args, self.model, self.writer, self.failed = args, model, writer, failed
         changes = {"num_steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler}
         stages = (model.structure_settings, model.latent_settings)
-        self.structure, self.latent = resampled(stages, changes)
+        try:
+            self.structure, self.latent = resampled(stages, changes)
+        except InputError as error:
+            raise InputError(by_flags(str(error))) from error
         if args.prune is not None:
             self.latent = dataclasses.replace(self.latent, prune=args.prune)
         self.made: list[dict[str, Any]] = []

@@ -84,8 +84,8 @@ class StageSettings:
         return self.num_steps == 1
 
 
-#: What only a flow has, by the command's names.
-OF_FLOWS = {"num_steps": "--steps", "guidance_scale": "--guidance-scale", "sampler": "--sampler"}
+#: The settings that only a flow has.
+OF_FLOWS = ("num_steps", "guidance_scale", "sampler")
 
 
 def resampled(stages: Sequence[StageSettings], changes: Mapping[str, Any]) -> list[StageSettings]:
@@ -96,10 +96,9 @@ def resampled(stages: Sequence[StageSettings], changes: Mapping[str, Any]) -> li
     """
     given = {name: value for name, value in changes.items() if value is not None}
     if given and all(stage.one_step for stage in stages):
-        options = ", ".join(OF_FLOWS[name] for name in given)
         raise InputError(
-            f"{options}: this model makes its result in one step, so there is nothing to set; leave it out, or take a "
-            "model that is a flow"
+            f"{', '.join(given)}: this model makes its result in one step, so there is nothing to set; leave it "
+            "out, or take a model that is a flow"
         )
     return [stage if stage.one_step else replace(stage, **given) for stage in stages]
 

@@ -86,7 +86,7 @@ def format_named(name: str) -> Format:
     """A format to write, by its name. InputError where it is unknown or only read."""
     entry = FORMATS.get(name.strip().lower().removeprefix("."))
     if entry is None or entry.write is None:
-        raise InputError(f"--format: expected one of {', '.join(WRITABLE)}, got {name!r}")
+        raise InputError(f"format: expected one of {', '.join(WRITABLE)}, got {name!r}")
     return entry
 
 

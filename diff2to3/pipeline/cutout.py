@@ -209,7 +209,7 @@ def by_rembg(image: Image.Image, offline: bool) -> Image.Image:
         raise MissingDependencyError("rembg, which cuts objects out of photos,", hint=hint) from error
     try:
         if offline and not has_weights():
-            raise InputError("rembg's weights are not on this machine, and --offline is set")
+            raise InputError("rembg's weights are not on this machine, and offline is set")
         # named, because the library's own default model is for non-commercial use only
         result: Any = rembg.remove(image, session=rembg.new_session("u2net"))
     except InputError:
