@@ -3,12 +3,14 @@
 diff2to3 render out.ply -o turntable.gif              a turn around the object (.gif, .mp4, or .png for a sheet)
 diff2to3 render out.ply -o sheet.png --views 8 --resolution 256 --elevation 30
 diff2to3 render scene.ply -o scene.mp4 --fit          a file whose object is not in the unit box
+diff2to3 render out.ply -o out.mp4 --device cuda --backend gsplat    with gsplat's rasteriser
 diff2to3 render out.ply -o photo.png --camera metadata.json    as the photo showed it that out.ply was made from
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -17,9 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diff2to3.errors import InputError
+from diff2to3.errors import InputError, MissingDependencyError
 from diff2to3.formats import read
 from diff2to3.gaussians.pictures import check_format, write_frames
+from diff2to3.kernels.library import BACKENDS, resolve_backend
 from diff2to3.pipeline.camera_file import read_camera
 from diff2to3.pipeline.turntable import DEFAULT_VIEWS, frames
 from diff2to3.types import Gaussians
@@ -61,6 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fps", type=int, default=24, help="frames a second of an animation (default: %(default)s)"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
+    parser.add_argument(
+        "--backend", choices=(*BACKENDS, "gsplat"), default="auto",
+        help="rasteriser: native (compiled kernels), reference (PyTorch, slow), gsplat (that package, needs CUDA); "
+        "auto takes native where it is built (default: %(default)s)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         if not low <= getattr(args, name) <= high:
             raise InputError(f"--{name}: expected a number from {low} to {high}, got {getattr(args, name)}")
+    check_backend(args.backend, args.device)
     num_views = DEFAULT_VIEWS[args.out.suffix.lower()] if args.views is None else args.views
     gaussians, metadata = read(args.ply, means_dtype=torch.float64 if args.fit else torch.float32)
     for note in metadata.get("notes", []):
@@ -90,10 +99,24 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise InputError(str(error)) from error
     viewmats, Ks = sample_cameras(config, args.resolution, args.resolution, np.random.default_rng(0))
-    pictures = turn(gaussians.to(args.device), viewmats, Ks, args.resolution, args.background)
+    shots = (viewmats, Ks, args.resolution, args.background, args.backend)
+    pictures = turn(gaussians.to(args.device), *shots)
     write_frames(args.out, pictures, args.fps)
     print(f"{args.out}: {num_views} views of {len(gaussians):,} Gaussians")
     return 0
+
+
+def check_backend(backend: str, device: str) -> None:
+    """InputError or MissingDependencyError where the rasteriser ``backend`` cannot run on ``device``."""
+    if backend == "gsplat":
+        if importlib.util.find_spec("gsplat") is None:
+            raise MissingDependencyError("gsplat", "gsplat")
+        if torch.device(device).type != "cuda":
+            raise InputError(f"--backend gsplat: runs on CUDA only, not on {device}; add --device cuda")
+    elif backend == "native" and resolve_backend("auto", torch.device(device), torch.float32) != "native":
+        raise InputError(
+            f"--backend native: no compiled kernels for {device}; 'diff2to3 doctor' says what is missing"
+        )
 
 
 def as_in_photo(args: argparse.Namespace, gaussians: Gaussians) -> int:
@@ -107,18 +130,23 @@ def as_in_photo(args: argparse.Namespace, gaussians: Gaussians) -> int:
             )
     camera = read_camera(args.camera)
     shot = [(camera.viewmat, camera.K(args.resolution))]
-    pictures = frames(gaussians.to(args.device), shot, args.resolution, args.background)
+    pictures = frames(gaussians.to(args.device), shot, args.resolution, args.background, args.backend)
     write_frames(args.out, pictures, args.fps)
     print(f"{args.out}: the photo's view of {len(gaussians):,} Gaussians")
     return 0
 
 
 def turn(
-    gaussians: Gaussians, viewmats: Tensor, Ks: Tensor, resolution: int, background: float
+    gaussians: Gaussians,
+    viewmats: Tensor,
+    Ks: Tensor,
+    resolution: int,
+    background: float,
+    backend: str = "auto",
 ) -> np.ndarray:
     """Frames uint8 [V, R, R, 3], with a progress bar."""
     cameras = tqdm(list(zip(viewmats, Ks, strict=True)), desc="render", unit="view")
-    return frames(gaussians, cameras, resolution, background)
+    return frames(gaussians, cameras, resolution, background, backend)
 
 
 def fit_unit_box(gaussians: Gaussians) -> Gaussians:

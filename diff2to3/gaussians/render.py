@@ -37,6 +37,8 @@ def render(
         viewmats: [V, 4, 4] world -> camera. Ks: [V, 3, 3] in pixels.
         background: a grey level, [3] or [V, 3]; black if None.
         depth: also Σ weight · z, in object units.
+        backend: ``auto``, ``native``, ``reference`` or ``gsplat``, see
+            :func:`diff2to3.kernels.rasterize.rasterize`.
 
     Raises InputError for a picture in which Gaussians overlap 2^31 tiles or more. Where only all views together do,
     they are rendered in parts.

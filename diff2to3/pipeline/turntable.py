@@ -41,16 +41,21 @@ def turntable(
 
 @torch.no_grad()
 def frames(
-    gaussians: Gaussians, cameras: Iterable[tuple[Tensor, Tensor]], resolution: int, background: float
+    gaussians: Gaussians,
+    cameras: Iterable[tuple[Tensor, Tensor]],
+    resolution: int,
+    background: float,
+    backend: str = "auto",
 ) -> np.ndarray:
     """Frames uint8 [V, R, R, 3] for V pairs of viewmat [4, 4] and K [3, 3].
 
-    One view at a time, so that memory does not grow with their number.
+    One view at a time, so that memory does not grow with their number. ``backend``: as in
+    :func:`diff2to3.gaussians.render.render`.
     """
     device, size = gaussians.means.device, (resolution, resolution)
     out = []
     for viewmat, K in cameras:
         views = (viewmat[None].to(device), K[None].to(device))
-        colors = render(gaussians, *views, *size, background=background).colors
+        colors = render(gaussians, *views, *size, background=background, backend=backend).colors
         out.append(to_uint8(colors[0]).cpu().numpy())
     return np.stack(out)

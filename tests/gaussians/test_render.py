@@ -1,6 +1,9 @@
 """Rendering Gaussians to files: the project's filter, sheets, animations, and the command."""
 
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -138,6 +141,47 @@ def test_fit_brings_any_scene_into_view(tmp_path: Path) -> None:
     command = ["render", str(tmp_path / "far.ply"), "-o", str(out), "--views", "1", "--resolution", "64"]
     assert main(command) == 0 and (np.asarray(Image.open(out)) == 255).all()
     assert main([*command, "--fit"]) == 0 and (np.asarray(Image.open(out)) < 200).any()
+
+
+@pytest.mark.parametrize("more", [[], ["--camera"]])
+def test_backend_reaches_the_rasteriser(
+    more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_ply(tmp_path / "axes.ply", colored_axes())
+    asked = []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        asked.append(options["backend"])
+        return rasterize(*args, **options | {"backend": "auto"})
+
+    monkeypatch.setattr("diff2to3.gaussians.render.rasterize", spy)
+    monkeypatch.setattr("diff2to3.commands.render.check_backend", lambda backend, device: None)
+    if more:
+        camera = SimpleNamespace(viewmat=torch.eye(4), K=lambda size: torch.eye(3) * size)
+        monkeypatch.setattr("diff2to3.commands.render.read_camera", lambda path: camera)
+        more = [*more, str(tmp_path / "metadata.json")]
+    command = ["render", str(tmp_path / "axes.ply"), "-o", str(tmp_path / "a.png"), "--resolution", "16"]
+    assert main([*command, *more, "--backend", "gsplat"]) == 0
+    assert set(asked) == {"gsplat"}
+
+
+def test_backend_that_cannot_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_ply(tmp_path / "axes.ply", colored_axes())
+    command = ["render", str(tmp_path / "axes.ply"), "-o", str(tmp_path / "a.png"), "--backend"]
+    monkeypatch.setitem(sys.modules, "gsplat", None)
+    assert main([*command, "gsplat"]) == 2
+    assert 'pip install "diff2to3[gsplat]"' in capsys.readouterr().err
+    stand_in = ModuleType("gsplat")
+    stand_in.__spec__ = ModuleSpec("gsplat", None)
+    monkeypatch.setitem(sys.modules, "gsplat", stand_in)
+    assert main([*command, "gsplat"]) == 2
+    assert "--device cuda" in capsys.readouterr().err
+    monkeypatch.setattr("diff2to3.kernels.library.library_for", lambda device: None)
+    assert main([*command, "native"]) == 2
+    assert "no compiled kernels" in capsys.readouterr().err
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
