@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,30 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from diff2to3.errors import InputError
 from diff2to3.flow.denoise import (
     MULTI_IMAGE_MODES,
-    Conditions,
     Progress,
     StageSettings,
     check_one_step,
-    sample,
-    sample_structure,
-    share_of,
-    velocities,
 )
-from diff2to3.flow.framing import Framing
 from diff2to3.hub import Source
-from diff2to3.pipeline.parts import Parts, PhotoParts, some_voxels, visiting
+from diff2to3.pipeline.object_frame import ObjectStages
+from diff2to3.pipeline.parts import Parts, PhotoParts
 from diff2to3.pipeline.photo_files import open_photo
-from diff2to3.pipeline.photo_frame import BACKGROUND, MARGIN, SIZE, PhotoStages, fitted
+from diff2to3.pipeline.photo_frame import PhotoStages, fitted
 from diff2to3.pipeline.photos import Photo, as_it_is, frame_cut_out, frame_like_trellis, prepare
 from diff2to3.pipeline.prune import without_hidden
+from diff2to3.pipeline.refine import Refined
 from diff2to3.pipeline.result import Result
 from diff2to3.pipeline.share import Shareable
-from diff2to3.types import SparseVoxels
+from diff2to3.pipeline.stages import Stages
+from diff2to3.types import Gaussians
+from diff2to3.views.photo_frame import PhotoCamera
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -54,29 +51,15 @@ class ImageTo3D(Shareable):
     """
 
     def __init__(self, parts: Parts | PhotoParts) -> None:
-        self.photo_stages: PhotoStages | None = None
-        self.refine_steps = 0
-        if isinstance(parts, PhotoParts):
-            self.networks: Any = parts.networks
-            self.photo_stages, self.refine_steps = PhotoStages(parts), parts.refine
-            self.kind, self.trellis, self.framing = "image", False, Framing(SIZE, MARGIN, BACKGROUND)
-            self.structure_settings, self.latent_settings = parts.structure_settings, parts.latent_settings
-            self.device, self.low_memory, self.offline = parts.device, parts.low_memory, parts.offline
-            self.notes: tuple[str, ...] = ()
-            return
-        self.networks, self.conditioner, self.kind = parts.networks, parts.conditioner, parts.kind
-        self.structure_normalization = parts.structure_normalization
-        self.latent_normalization = parts.latent_normalization
-        self.image_normalization = parts.image_normalization
+        self.stages: Stages = PhotoStages(parts) if isinstance(parts, PhotoParts) else ObjectStages(parts)
+        self.networks: Any = parts.networks
+        self.kind, self.framing, self.trellis = parts.kind, parts.framing, parts.trellis
         self.structure_settings, self.latent_settings = parts.structure_settings, parts.latent_settings
-        self.framing = parts.framing
-        self.trellis, self.offline = parts.trellis, parts.offline
-        self.low_memory, self.notes = parts.low_memory, parts.notes
-        self.device = parts.device
-        for network in (*vars(parts.networks).values(), parts.conditioner):
+        self.refine_steps, self.notes = parts.refine, parts.notes
+        self.device, self.low_memory, self.offline = parts.device, parts.low_memory, parts.offline
+        for network in self.stages.all_networks():
             network.eval().requires_grad_(False)
-            if not self.low_memory:
-                network.to(self.device)
+        self.to(self.device)
 
     @classmethod
     def from_pretrained(cls, source: str = "mini-photo", **options: Any) -> Self:
@@ -91,27 +74,22 @@ class ImageTo3D(Shareable):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move the model to a device, and the torsos of its networks to a dtype; returns the model."""
+        networks: list[Any] = self.stages.all_networks()
         if dtype is not None:
-            for network in self.all_networks():
+            for network in networks:
                 if hasattr(network, "cast_torso"):
                     network.cast_torso(dtype)
         if device is not None:
-            self.device = torch.device(device)
-            if self.photo_stages is not None:
-                self.photo_stages.device = self.device
+            self.device = self.stages.device = torch.device(device)
             if not self.low_memory:
-                for network in self.all_networks():
+                for network in networks:
                     network.to(self.device)
         return self
-
-    def all_networks(self) -> list[Any]:
-        """Every network of the model, those that encode conditions as well."""
-        return [*vars(self.networks).values(), *(() if self.photo_stages else (self.conditioner,))]
 
     @property
     def frame(self) -> str:
         """What results stand in; see :class:`Result`."""
-        return "object" if self.photo_stages is None else "photo"
+        return self.stages.frame
 
     def __call__(
         self,
@@ -130,7 +108,7 @@ class ImageTo3D(Shareable):
 
         Args:
             prompt: a photo or its path, several photos of one object, or a text for models that take text.
-            seed: of the noise, drawn on the CPU in float32, so that it is the same for any device.
+            seed: of the noise, sampled on the CPU in float32, so that it is the same for any device.
             structure, latent: how to sample each stage; as the model says unless given. A stage that the model makes
                 in one step can be made in no other way.
             multi_image: one of :data:`MULTI_IMAGE_MODES`.
@@ -179,77 +157,39 @@ class ImageTo3D(Shareable):
         first, second = structure or self.structure_settings, latent or self.latent_settings
         check_one_step(self.structure_settings, first, "structure")
         check_one_step(self.latent_settings, second, "latent")
-        if self.photo_stages is not None:
-            steps = self.refine_steps if refine is None else refine
-            ready = [self.photos(prompt, prepare, background_removal) for prompt in prompts]
-            return [
-                self.in_photo_frame(own, seed, first, second, steps, share_of(progress, number, len(seeds)))
-                for number, (own, seed) in enumerate(zip(ready, seeds, strict=True))
-            ]
-        if refine:
+        if refine and self.frame != "photo":
             raise InputError("refine: this model does not say where the photo was taken from; give 0")
+        steps = self.refine_steps if refine is None else refine
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         clock = Clock()
         with torch.inference_mode():
             photos = [self.photos(prompt, prepare, background_removal) for prompt in prompts]
             clock.lap("photos")
-            conditions = self.conditions(prompts, photos)
+            seen = self.stages.see(prompts, photos, multi_image)
             clock.lap("condition")
-            logits = self.structure_logits(
-                conditions, first, generators, multi_image, progress, one_by_one=True
-            )
-            coords = some_voxels(logits, first.threshold)
+            coords = self.stages.occupancy(seen, first, generators, progress)
             clock.lap("structure")
-            latents = self.sample_latents(coords, conditions, second, generators, multi_image, progress)
+            latents = self.stages.latents(coords, seen, second, generators, progress)
             clock.lap("latents")
-            with self.on_device(self.networks.decoder) as decoder:
-                gaussians = decoder(latents)
+            gaussians = self.stages.decode(latents)
             if second.prune:
                 gaussians = [without_hidden(g, second.prune) for g in gaussians]
             clock.lap("decode")
         # clones are ordinary tensors: what inference mode made cannot take part in autograd
-        active = coords[:, 1:].split(torch.bincount(coords[:, 0], minlength=len(seeds)).tolist())
-        made = zip(gaussians, latents.unbind(), active, seeds, photos, strict=True)
-        return [
-            Result(clone(g), clone(z), c.clone(), seed, dict(clock.seconds), p) for g, z, c, seed, p in made
-        ]
-
-    def in_photo_frame(
-        self,
-        photos: tuple[Photo, ...],
-        seed: int,
-        first: StageSettings,
-        second: StageSettings,
-        steps: int,
-        progress: Progress | None,
-    ) -> Result:
-        """One object, by a model of the photo frame."""
-        if len(photos) != 1:
-            raise InputError(f"prompt: this model takes one photo of an object, got {len(photos)}")
-        stages, (photo,) = self.photo_stages, photos
-        assert stages is not None
-        generator, clock = torch.Generator().manual_seed(seed), Clock()
-        with torch.inference_mode():
-            seen = stages.see(photo)
-            clock.lap("condition")
-            logits = stages.occupancy(seen, first, generator, progress)
-            coords = stages.voxels(seen, logits, first.threshold)
-            clock.lap("structure")
-            latents = stages.latents(coords, seen, second, generator, progress)
-            clock.lap("latents")
-            gaussians = stages.decode(latents)
-            if second.prune:
-                gaussians = without_hidden(gaussians, second.prune)
-            clock.lap("decode")
-        gaussians, camera = clone(gaussians), seen.camera
+        gaussians = [clone(g) for g in gaussians]
+        cameras = self.stages.cameras(seen)
         if steps:
-            fit = fitted(gaussians, photo, camera, steps)
-            gaussians, camera = fit.gaussians, fit.camera
+            fits = zip(gaussians, photos, cameras, strict=True)
+            gaussians, cameras = refined(
+                [fitted(g, own[0], camera, steps) for g, own, camera in fits if camera]
+            )
             clock.lap("refine")
-        coords = coords[:, 1:].clone()
-        return Result(gaussians, clone(latents), coords, seed, clock.seconds, photos, "photo", camera)
-
-    # ---- conditions ----
+        active = coords[:, 1:].split(torch.bincount(coords[:, 0], minlength=len(seeds)).tolist())
+        made = zip(gaussians, latents.unbind(), active, seeds, photos, cameras, strict=True)
+        return [
+            Result(g, clone(z), c.clone(), seed, dict(clock.seconds), p, self.frame, camera)
+            for g, z, c, seed, p, camera in made
+        ]
 
     def photo(self, image: Image.Image, background_removal: str = "auto") -> Photo:
         """A photo made ready: the object cut out, and framed as this model was trained. InputError if there is none."""
@@ -282,90 +222,10 @@ class ImageTo3D(Shareable):
                 ready.append(Photo(as_it_is(image, size, background), cut_out=image.convert("RGBA")))
         return tuple(ready)
 
-    def conditions(self, prompts: Sequence[Prompt], photos: Sequence[tuple[Photo, ...]]) -> Conditions:
-        """Encode the prompts, each with the same number of photos, one after another: in a batch sums are rounded
-        otherwise. The absence of a text is the empty text; of an image, zeros or nothing.
-        """
-        counts = {len(own) for own in photos}
-        if len(counts) != 1:
-            raise InputError(f"prompts: expected the same number of photos for each, got {sorted(counts)}")
-        with self.on_device(self.conditioner) as conditioner:
-            if self.kind == "text":
-                tokens = torch.cat([conditioner([text]) for text in (*prompts, "")]).to(self.device)
-                return Conditions((tokens[:-1],), tokens[-1:].expand(len(prompts), -1, -1))
-            present = [
-                torch.cat([conditioner(photo.picture[None].to(self.device)) for photo in same_place])
-                for same_place in zip(*photos, strict=True)
-            ]
-        present = [latents.to(self.device) for latents in present]
-        if self.image_normalization is not None:
-            present = [self.image_normalization(latents) for latents in present]
-        if present[0].ndim == 4:
-            return Conditions(tuple(present))
-        # Attention to equal tokens returns their value whatever their number, so one zero token stands for
-        # all.
-        return Conditions(tuple(present), torch.zeros_like(present[0][:, :1]))
 
-    # ---- stages ----
-
-    def structure_logits(
-        self,
-        conditions: Conditions,
-        settings: StageSettings,
-        generators: Sequence[torch.Generator],
-        multi_image: str = MULTI_IMAGE_MODES[0],
-        progress: Progress | None = None,
-        one_by_one: bool = False,
-    ) -> Tensor:
-        """Stage 1: logits [B, 1, R, R, R] of active voxels, from noise that each item's generator gives.
-
-        ``one_by_one``: an item at a time: in a batch sums
-        are rounded otherwise, a logit beside the threshold changes sides, and the object is not the one it is alone.
-        """
-        with self.on_device(self.networks.structure_flow) as flow:
-            made = sample_structure(
-                flow,
-                conditions,
-                settings,
-                generators,
-                self.device,
-                multi_image,
-                progress,
-                one_by_one,
-            )
-        if self.structure_normalization is not None:
-            made = [self.structure_normalization.invert(z) for z in made]
-        with self.on_device(self.networks.structure_decoder) as decoder:
-            return torch.cat([decoder(z) for z in made])
-
-    def sample_latents(
-        self,
-        coords: Tensor,
-        conditions: Conditions,
-        settings: StageSettings,
-        generators: Sequence[torch.Generator],
-        multi_image: str = MULTI_IMAGE_MODES[0],
-        progress: Progress | None = None,
-    ) -> SparseVoxels:
-        """Stage 2: latents on these voxels, as the decoder takes them."""
-        with self.on_device(self.networks.latent_flow) as flow:
-            c = flow.config
-            counts = torch.bincount(coords[:, 0], minlength=len(generators)).tolist()
-            parts = [
-                torch.randn(n, c.in_channels, generator=g) for n, g in zip(counts, generators, strict=True)
-            ]
-            noise = torch.cat(parts).to(self.device)
-            voxels = SparseVoxels.from_coords(coords, noise, c.resolution, len(generators))
-            z = sample(
-                velocities(flow, voxels), noise, conditions, settings, multi_image, "latents", progress
-            )
-        if self.latent_normalization is not None:
-            z = self.latent_normalization.invert(z)
-        return voxels.with_feats(z)
-
-    def on_device(self, network: nn.Module) -> AbstractContextManager[Any]:
-        """The network, on the device; with ``low_memory`` it goes back to the CPU afterwards."""
-        return visiting(network, self.device, self.low_memory)
+def refined(fits: Sequence[Refined]) -> tuple[list[Gaussians], list[PhotoCamera | None]]:
+    """What the fits to the photos found."""
+    return [fit.gaussians for fit in fits], [fit.camera for fit in fits]
 
 
 def clone(container: Any) -> Any:

@@ -7,7 +7,7 @@ ckpts/NAME.json + .safetensors     NAME.safetensors
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,11 @@ def load_bundle(place: Source, options: Options) -> Parts:
             for name in ("structure", "latent")
         ]
         latents = settings.get("latents", settings.get("normalization"))
-        statistics = [settings.get("structure_latents"), latents, settings.get("image_latents")]
+        statistics = {
+            "structure_latents": settings.get("structure_latents"),
+            "latents": latents,
+            "image_latents": settings.get("image_latents"),
+        }
         if "conditioner" in settings:
             size = int(settings["conditioner"].get("image_size", TRELLIS_FRAMING.size))
             framing, trellis = replace(TRELLIS_FRAMING, size=size), True
@@ -276,7 +280,7 @@ def load_trellis(place: Source, options: Options) -> Parts:
     ]
     conditioner = load_conditioner(pipeline.kind, pipeline.conditioner, place, options)
     stages = [pipeline.structure, pipeline.latent]
-    statistics = [None, {"mean": pipeline.mean, "std": pipeline.std}, None]
+    statistics = {"latents": {"mean": pipeline.mean, "std": pipeline.std}}
     return assemble(
         loaded,
         conditioner,
@@ -416,13 +420,13 @@ def assemble(
     stages: list[StageSettings],
     options: Options,
     *,
-    statistics: Sequence[Mapping[str, list[float]] | None],
+    statistics: Mapping[str, Mapping[str, list[float]] | None],
     framing: Framing,
     trellis: bool,
     notes: list[str] | None = None,
 ) -> Parts:
-    """Check that the parts fit each other. ``stages`` are of structure and latents; ``statistics`` of both, and of
-    the condition's latents.
+    """Check that the parts fit each other. ``stages`` are of structure and latents; ``statistics`` are those of
+    structure_latents, latents and image_latents; None, or missing, for none.
     """
     networks = Networks(**loaded)
     for name, classes in ROLES.items():
@@ -440,24 +444,23 @@ def assemble(
                 f"{image_width(flow)}"
             )
     check_grids(loaded)
-    wanted = {
-        "structure_latents": flows[0].config.in_channels,
-        "normalization" if trellis else "latents": flows[1].config.in_channels,
-        "image_latents": channels,
-    }
-    normalizations = [
-        None if values is None else Normalization.of(values, wanted[name], name)
-        for values, name in zip(statistics, wanted, strict=True)
-    ]
+    label = "normalization" if trellis else "latents"
+
+    def normalization(name: str, width: int, shown: str) -> Normalization | None:
+        values = statistics.get(name)
+        return None if values is None else Normalization.of(values, width, shown)
+
     return Parts(
         networks=networks,
         conditioner=conditioner,
         kind=kind,
         structure_settings=stages[0],
         latent_settings=stages[1],
-        structure_normalization=normalizations[0],
-        latent_normalization=normalizations[1],
-        image_normalization=normalizations[2],
+        structure_normalization=normalization(
+            "structure_latents", flows[0].config.in_channels, "structure_latents"
+        ),
+        latent_normalization=normalization("latents", flows[1].config.in_channels, label),
+        image_normalization=normalization("image_latents", channels, "image_latents"),
         framing=framing,
         trellis=trellis,
         device=options.device,

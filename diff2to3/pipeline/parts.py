@@ -19,6 +19,12 @@ from diff2to3.photo.encoder import PhotoEncoder
 from diff2to3.photo.occupancy import OccupancyFlow
 from diff2to3.vae.decoder import Decoder
 from diff2to3.vae.sparse_structure import StructureDecoder, active_voxels
+from diff2to3.views.photo_frame import SILHOUETTE
+
+#: In the photo frame: side of the crop over the longer side of the object's box.
+MARGIN = 1 / SILHOUETTE
+#: Side of the crop that the networks see there, and the grey level behind the object.
+SIZE, BACKGROUND = 256, 0.5
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ class Parts:
     framing      of the condition picture; ``trellis`` prepares it as TRELLIS does, on black and byte by byte
     low_memory   networks wait on the CPU and visit the device in turn
     offline      no connection is opened, by the background removal either
-    notes        what the loader left out, a line each
+    notes        what the loader left out: one line for each
+    refine       steps that fit a result to its photo; none in the object's frame
     """
 
     networks: Networks
@@ -60,6 +67,7 @@ class Parts:
     low_memory: bool = False
     offline: bool = False
     notes: tuple[str, ...] = ()
+    refine: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,9 @@ class PhotoStatistics:
 
 @dataclass(frozen=True)
 class PhotoParts:
-    """The parts of a model that generates in the photo frame; ``refine`` steps fit a result to its photo."""
+    """The parts of a model that generates in the photo frame; ``refine`` steps fit a result to its photo. The rest is
+    as in :class:`Parts`.
+    """
 
     networks: PhotoNetworks
     statistics: PhotoStatistics
@@ -97,6 +107,10 @@ class PhotoParts:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     low_memory: bool = False
     offline: bool = False
+    kind: str = "image"
+    framing: Framing = field(default_factory=lambda: Framing(SIZE, MARGIN, BACKGROUND))
+    trellis: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def some_voxels(logits: Tensor, threshold: float) -> Tensor:

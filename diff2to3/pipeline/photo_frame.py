@@ -10,6 +10,7 @@ crop [4, 256, 256] ─▶ maps ─▶ PhotoEncoder ─▶ features, camera
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diff2to3.errors import InputError
-from diff2to3.flow.denoise import Progress, StageSettings
+from diff2to3.flow.denoise import Progress, StageSettings, share_of
 from diff2to3.flow.framing import crop_square, resized
 from diff2to3.flow.networks import make_plan, see
 from diff2to3.flow.samplers import SAMPLERS, OnStep, Step, Velocity, guided, timesteps
@@ -29,18 +30,13 @@ from diff2to3.flow.tokens import ImageTokens
 from diff2to3.photo.encoder import PhotoFeatures, PhotoMaps
 from diff2to3.photo.maps import small_rgba, stacked_maps
 from diff2to3.photo.occupancy import LiftedPhoto, OccupancyFlow, velocity
-from diff2to3.pipeline.parts import PhotoParts, some_voxels, visiting
+from diff2to3.pipeline.parts import BACKGROUND, MARGIN, SIZE, PhotoParts, some_voxels, visiting
 from diff2to3.pipeline.photos import Photo
 from diff2to3.pipeline.refine import RefineConfig, Refined, refine
 from diff2to3.types import Gaussians, SparseVoxels
-from diff2to3.views.photo_frame import SILHOUETTE, PhotoCamera
+from diff2to3.views.photo_frame import PhotoCamera
 from diff2to3.voxels.lift_photo import lift_photo
 from diff2to3.voxels.silhouette import fit_silhouette
-
-#: Side of the crop over the longer side of the object's box.
-MARGIN = 1 / SILHOUETTE
-#: Side of the crop that the networks see, and the grey level behind the object there.
-SIZE, BACKGROUND = 256, 0.5
 
 
 @dataclass(frozen=True)
@@ -63,21 +59,72 @@ class SeenPhoto:
 
 
 class PhotoStages:
-    """Both stages of a model of the photo frame, on one photo of one object."""
+    """See :class:`diff2to3.pipeline.stages.Stages`. Objects are worked on one after another, each from one photo."""
+
+    frame = "photo"
 
     def __init__(self, parts: PhotoParts) -> None:
         self.networks, self.statistics = parts.networks, parts.statistics
         self.device, self.low_memory = parts.device, parts.low_memory
-        for network in vars(parts.networks).values():
-            network.eval().requires_grad_(False)
-            if not self.low_memory:
-                network.to(self.device)
+
+    def all_networks(self) -> list[nn.Module]:
+        return list(vars(self.networks).values())
 
     def on_device(self, network: nn.Module) -> AbstractContextManager[Any]:
         """The network, on the device; with ``low_memory`` it goes back to the CPU afterwards."""
         return visiting(network, self.device, self.low_memory)
 
-    def see(self, photo: Photo) -> SeenPhoto:
+    # ---- a batch ----
+
+    def see(
+        self, prompts: Sequence[Any], photos: Sequence[tuple[Photo, ...]], multi_image: str = ""
+    ) -> list[SeenPhoto]:
+        for own in photos:
+            if len(own) != 1:
+                raise InputError(f"prompt: this model takes one photo of an object, got {len(own)}")
+        return [self.look(photo) for (photo,) in photos]
+
+    def occupancy(
+        self,
+        seen: Sequence[SeenPhoto],
+        settings: StageSettings,
+        generators: Sequence[torch.Generator],
+        progress: Progress | None = None,
+    ) -> Tensor:
+        parts = []
+        for number, (photo, generator) in enumerate(zip(seen, generators, strict=True)):
+            logits = self.logits(photo, settings, generator, share_of(progress, number, len(seen)))
+            coords = self.voxels(photo, logits, settings.threshold)
+            coords[:, 0] = number
+            parts.append(coords)
+        return torch.cat(parts)
+
+    def latents(
+        self,
+        coords: Tensor,
+        seen: Sequence[SeenPhoto],
+        settings: StageSettings,
+        generators: Sequence[torch.Generator],
+        progress: Progress | None = None,
+    ) -> SparseVoxels:
+        parts = []
+        for number, (photo, generator) in enumerate(zip(seen, generators, strict=True)):
+            own = coords[coords[:, 0] == number].clone()
+            own[:, 0] = 0
+            report = share_of(progress, number, len(seen))
+            parts.append(self.latents_on(own, photo, settings, generator, report))
+        return SparseVoxels.cat(parts)
+
+    def decode(self, latents: SparseVoxels) -> list[Gaussians]:
+        with self.on_device(self.networks.decoder) as decoder:
+            return [decoder(own)[0] for own in latents.unbind()]
+
+    def cameras(self, seen: Sequence[SeenPhoto]) -> list[PhotoCamera | None]:
+        return [photo.camera for photo in seen]
+
+    # ---- one object ----
+
+    def look(self, photo: Photo) -> SeenPhoto:
         """Encode a photo and predict its camera."""
         statistics = self.statistics
         crop = crop_of(photo, SIZE).to(self.device)
@@ -98,7 +145,7 @@ class PhotoStages:
         lifted = (latents[0], statistics.fine(fine)[0])
         return SeenPhoto(straight(rgba[0]), rgba[0, 3], maps, features, lifted, tokens, camera)
 
-    def occupancy(
+    def logits(
         self,
         photo: SeenPhoto,
         settings: StageSettings,
@@ -124,7 +171,7 @@ class PhotoStages:
         grid = fit_silhouette(logits[0, 0], photo.alpha, photo.camera, threshold)
         return some_voxels(torch.where(grid, 1.0, -1.0)[None, None], 0.0)
 
-    def latents(
+    def latents_on(
         self,
         coords: Tensor,
         photo: SeenPhoto,
@@ -140,11 +187,6 @@ class PhotoStages:
             velocities = latent_velocities(flow, voxels, photo)
             z = sampled(velocities, noise, settings, reporting(progress, "latents"))
         return voxels.with_feats(self.statistics.latents.invert(z))
-
-    def decode(self, latents: SparseVoxels) -> Gaussians:
-        with self.on_device(self.networks.decoder) as decoder:
-            made: list[Gaussians] = decoder(latents)
-        return made[0]
 
 
 def crop_of(photo: Photo, size: int) -> Tensor:

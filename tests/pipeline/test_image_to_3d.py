@@ -194,9 +194,9 @@ def test_progress_counts_every_step_of_a_stage_once(tiny, model):
 def test_with_low_memory_a_batch_takes_each_network_to_the_device_once(tiny, bundles):
     model = ImageTo3D.from_pretrained(str(bundles["smdit"]), low_memory=True)
     visits = []
-    for name, network in {**vars(model.networks), "conditioner": model.conditioner}.items():
+    for name, network in {**vars(model.networks), "conditioner": model.stages.conditioner}.items():
         network.register_forward_pre_hook(lambda *_, name=name: visits.append(name))
-    model.on_device = counted(model.on_device, visits)
+    model.stages.on_device = counted(model.stages.on_device, visits)
     model.batch([tiny.photo(), tiny.photo(1)], [1, 2])
     assert visits.count("moved") == 5 == len(set(visits) - {"moved"})
 

@@ -53,13 +53,13 @@ def test_seeds_decide_and_objects_do_not_depend_on_their_batch(model, tiny):
 
 def test_a_tilted_camera_sees_the_voxels_elsewhere(model, tiny):
     """The features that both stages read are looked up at the camera: another one gives another object."""
-    stages = model.photo_stages
+    stages = model.stages
     (photo,) = model.photos(tiny.photo(), True, "auto")
     with torch.inference_mode():
-        seen = stages.see(photo)
+        seen = stages.look(photo)
         settings = model.structure_settings
         logits = [
-            stages.occupancy(
+            stages.logits(
                 replace(seen, camera=replace(seen.camera, elevation=e)),
                 settings,
                 torch.Generator().manual_seed(0),

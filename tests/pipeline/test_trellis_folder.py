@@ -332,7 +332,7 @@ def test_text_tokens_are_the_encoders_last_states(text_folder):
     import transformers
 
     model = ImageTo3D.from_pretrained(str(text_folder), offline=True)
-    conditions = model.conditions(["red chair"], [()])
+    conditions = model.stages.see(["red chair"], [()]).conditions
     clip = transformers.CLIPTextModel.from_pretrained(text_folder / "tiny-clip").eval()
     letters = {c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz")}
     words = [[letters[c] for c in w[:-1]] + [26 + letters[w[-1]]] for w in ("red", "chair")]
