@@ -24,6 +24,7 @@ import torch
 import diff2to3
 from diff2to3.kernels import build, cache, library
 from diff2to3.nn.attention import torch_varlen
+from diff2to3.nn.backends import ATTENTION_PACKAGES
 
 STATUSES = OK, MISSING, BROKEN, INFO = "ok", "missing", "broken", "info"
 
@@ -270,14 +271,13 @@ def kaolin_hint() -> str:
 
 # ---- what each op will use ----
 
-#: Ops on the project's own kernels, with the packages that can be asked for by name instead.
-KERNEL_OPS = {
-    "rasterize": ("gsplat",),
-    "patchify": (),
-    "neighbour maps": (),
-    "sparse convolution": ("spconv",),
+#: Ops on the project's own kernels, with the packages that can be asked for by name instead, and where.
+KERNEL_OPS: dict[str, tuple[tuple[str, ...], str]] = {
+    "rasterize": (("gsplat",), "diff2to3 render --backend"),
+    "patchify": ((), ""),
+    "neighbour maps": ((), ""),
+    "sparse convolution": (("spconv",), "train.conv_backend"),
 }
-ATTENTION_PACKAGES = ("xformers", "flash_attn")
 
 
 def backends() -> Iterator[Check]:
@@ -288,19 +288,25 @@ def backends() -> Iterator[Check]:
     chosen = {name: library.resolve_backend("auto", torch.device(name), torch.float32) for name in names}
     status = OK if set(chosen.values()) == {"native"} else INFO
     text = ", ".join(f"{name}: {backend}{note(name, backend)}" for name, backend in chosen.items())
-    for op, others in KERNEL_OPS.items():
-        yield Check("backends", op, status, f"{text}; by name: {by_name('native', 'reference', *others)}")
+    for op, (others, setting) in KERNEL_OPS.items():
+        choices = by_name("native", "reference", *others)
+        yield Check("backends", op, status, f"{text}; by name{of(setting)}: {choices}")
     varlen = "cuda" in names and torch_varlen() is not None
-    text = ", ".join(f"{name}: sdpa" for name in names) + (
-        ", half precision on cuda: varlen" if varlen else ""
+    text = ", ".join(f"{name}: sdpa (torch's own)" for name in names) + (
+        ", half precision on cuda where windows would need padding: varlen" if varlen else ""
     )
-    yield Check("backends", "attention", OK, f"{text}; by name: {by_name('sdpa', *ATTENTION_PACKAGES)}")
+    choices = by_name("sdpa", *(["varlen"] if varlen else []), *ATTENTION_PACKAGES)
+    yield Check("backends", "attention", OK, f"{text}; by name{of('train.attention_backend')}: {choices}")
+
+
+def of(setting: str) -> str:
+    return f" ({setting})" if setting else ""
 
 
 def note(device: str, backend: str) -> str:
     if backend == "reference":
-        return " (PyTorch, slow)"
-    return f" ({library.variant_name()})" if device == "cpu" else ""
+        return " (PyTorch, slow: no compiled kernels for this device)"
+    return f" (compiled: {library.variant_name()})" if device == "cpu" else " (compiled for the GPU)"
 
 
 def by_name(*choices: str) -> str:

@@ -47,6 +47,13 @@ def test_everything_missing_has_a_fix(
     assert missing >= expected | {package.module for package in doctor.PACKAGES}
     assert all(check.fix for check in checks if check.status == doctor.MISSING)
     assert all("cpu: reference" in check.value for check in checks if check.name in doctor.KERNEL_OPS)
+    (conv,) = lines_of("sparse convolution", checks)
+    assert "no compiled kernels" in conv.value and "(train.conv_backend)" in conv.value
+    assert "spconv (not installed)" in conv.value
+    (attention,) = lines_of("attention", checks)
+    assert "(train.attention_backend)" in attention.value and "xformers (not installed)" in attention.value
+    (raster,) = lines_of("rasterize", checks)
+    assert "(diff2to3 render --backend)" in raster.value and "gsplat (not installed)" in raster.value
     text = report(capsys)
     assert 'pip install "diff2to3[flux]"' in text and 'pip install "diff2to3[nvcc]"' in text
 
@@ -60,6 +67,7 @@ def test_every_optional_import_of_the_package_is_listed() -> None:
     lazy = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"__future__"}
     required = {"torch", "numpy", "omegaconf", "PIL", "safetensors", "tqdm", "yaml", "diff2to3"}
     part_of_others = {"mathutils", "pillow_heif"}  # Blender's; pi_heif's twin
+    part_of_others |= {"typing_extensions"}  # for type checkers only; torch requires it
     assert lazy - required - part_of_others <= {package.module for package in doctor.PACKAGES}
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diff2to3.nn.attention import AttentionHooks, apply_rotary, attention
+from diff2to3.nn.attention import Attends, AttentionHooks, apply_rotary, attention
 from diff2to3.nn.items import spread_by_item
 from diff2to3.nn.streams import JointPlan, pack_streams, unpack_streams
 from diff2to3.nn.transformer import FeedForward, HeadRMSNorm, LayerNorm, modulate, modulation
@@ -101,7 +101,7 @@ class Stream(nn.Module):
         return x + parts[5] * self.mlp(h)
 
 
-class DoubleStreamBlock(nn.Module):
+class DoubleStreamBlock(Attends):
     """Voxels and image keep their own weights and attend jointly."""
 
     def __init__(
@@ -135,7 +135,7 @@ class DoubleStreamBlock(nn.Module):
         return self.voxels.finish(voxels, out_v, parts_v), self.image.finish(image, out_i, parts_i)
 
 
-class SingleStreamBlock(nn.Module):
+class SingleStreamBlock(Attends):
     """A standard modulated transformer block on the packed tokens of both modalities."""
 
     def __init__(

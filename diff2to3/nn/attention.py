@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from diff2to3.errors import MissingDependencyError
 from diff2to3.nn.sequences import Bucket, RowMap, SequencePlan, pad_rows, unpad_rows
@@ -38,6 +38,12 @@ MAX_LOGITS = 1 << 24
 
 Plan = SequencePlan | WindowPlan | JointPlan
 PerSequence = Callable[[int], Tensor | None]
+
+
+class Attends(nn.Module):
+    """A layer that calls :func:`attention` with ``backend``, one of :data:`BACKENDS`."""
+
+    backend: str
 
 
 @dataclass(frozen=True)

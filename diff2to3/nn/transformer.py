@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diff2to3.nn.attention import AttentionHooks, Plan, attention, rms_norm_heads
+from diff2to3.nn.attention import Attends, AttentionHooks, Plan, attention, rms_norm_heads
 from diff2to3.nn.items import spread_by_item
 
 
@@ -47,7 +47,7 @@ class FeedForward(nn.Module):
         return self.mlp(x)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Attends):
     """Multi-head self-attention, optionally with RMS-normalised queries and keys."""
 
     def __init__(self, width: int, num_heads: int, qk_rms_norm: bool = False, backend: str = "auto") -> None:
@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
         return self.to_out(out.flatten(1))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attends):
     """Multi-head attention from tokens [T, D] to a packed context [Tc, Dc]."""
 
     def __init__(

@@ -42,6 +42,8 @@ class TrainConfig:
                        2to3-VAE's blocks of both types and for SMDiT's, also with checkpoint_blocks
     device             cpu, cuda, mps; null for the best there is
     kernels            native: training on a GPU needs the compiled kernels; auto: it may take the slow reference
+    conv_backend       of sparse convolutions: auto, native, reference or spconv; null for auto
+    attention_backend  auto, sdpa, varlen, xformers or flash_attn; null as the network's configuration says
     timeout            minutes that a process waits for another within a step before the run fails
     threads            CPU threads a process; null as torch decides
 
@@ -83,6 +85,8 @@ class TrainConfig:
     compile: bool = False
     device: str | None = None
     kernels: str = "native"
+    conv_backend: str | None = None
+    attention_backend: str | None = None
     timeout: float = 10.0
     threads: int | None = None
 

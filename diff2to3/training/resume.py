@@ -23,8 +23,9 @@ from diff2to3.training.distributed import World
 #: Options of ``train`` that a resumed run may have otherwise.
 MAY_CHANGE = {
     "out", "steps", "init_from", "accumulate", "parallel", "find_unused", "checkpoint_blocks", "compile",
-    "device", "kernels", "timeout", "threads", "save_every", "keep", "keep_every", "save_in_background", "log_every",
-    "sample_every", "validate_every", "export_every", "loggers", "wandb_project", "wandb_mode",
+    "conv_backend", "attention_backend", "device", "kernels", "timeout", "threads", "save_every",
+    "keep", "keep_every", "save_in_background", "log_every", "sample_every",
+    "validate_every", "export_every", "loggers", "wandb_project", "wandb_mode",
 }  # fmt: skip
 #: Last parts of keys, anywhere, that do not change what is trained.
 MAY_CHANGE_ANYWHERE = {"root", "num_workers", "prefetch", "max_assets_per_batch", "max_voxels_per_batch"}

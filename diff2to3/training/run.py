@@ -23,6 +23,7 @@ from diff2to3.config import config_to_dict, load_config, save_config
 from diff2to3.errors import InputError, MissingDependencyError
 from diff2to3.kernels.library import library_for
 from diff2to3.machine import device_name
+from diff2to3.nn.backends import use_backends
 from diff2to3.streams import make_usable
 from diff2to3.training import activations, distributed, estimate, resume
 from diff2to3.training.checkpoints import CheckpointError, Checkpoints
@@ -166,6 +167,7 @@ def build(
     if fresh and config.init_from is not None:
         resume.initialize(objective, Path(config.init_from), world)
     objective.to(world.device).train()
+    use_backends(objective, convolution=config.conv_backend, attention=config.attention_backend)
     blocks = task.blocks(objective)
     if config.compile:
         activations.compile_blocks(blocks)
