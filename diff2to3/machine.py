@@ -7,7 +7,7 @@ import sys
 import torch
 
 from diff2to3.errors import InputError
-from diff2to3.kernels.build import available_cpus
+from diff2to3.kernels.build import available_cpus as available_cpus
 
 
 def best_device(index: int | None = None, *, mps: bool = True) -> torch.device:

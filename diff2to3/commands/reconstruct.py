@@ -19,7 +19,7 @@ from diff2to3 import __version__
 from diff2to3.assets import load_mesh
 from diff2to3.assets.load import UP_AXIS
 from diff2to3.commands.generate import make_folder
-from diff2to3.commands.render import DEFAULT_VIEWS, turn
+from diff2to3.commands.render import turn
 from diff2to3.errors import InputError
 from diff2to3.files import write_atomic
 from diff2to3.formats import FORMATS, encode
@@ -27,6 +27,7 @@ from diff2to3.gaussians.pictures import check_format, write_frames
 from diff2to3.machine import choose_device
 from diff2to3.pipeline.load import DTYPES
 from diff2to3.pipeline.reconstruct import Reconstruction, Reconstructor
+from diff2to3.pipeline.turntable import DEFAULT_VIEWS
 from diff2to3.views.cameras import CameraConfig, sample_cameras
 from diff2to3.voxels.providers import PROVIDERS
 

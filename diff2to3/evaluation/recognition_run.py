@@ -20,8 +20,9 @@ from diff2to3.networks import frozen_network
 from diff2to3.pipeline import ImageTo3D
 from diff2to3.pipeline.camera_file import camera_entry, read_camera
 from diff2to3.pipeline.cutout import cut_out
+from diff2to3.pipeline.parts import SIZE
 from diff2to3.pipeline.photo_files import check_photo, open_photo
-from diff2to3.pipeline.photo_frame import SIZE, crop_of, straight
+from diff2to3.pipeline.photo_frame import crop_of, straight
 from diff2to3.pipeline.photos import Photo, made_solid
 
 #: The embedded bundle that holds the first blocks of EfficientNet-Lite0.

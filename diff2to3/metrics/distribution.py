@@ -177,11 +177,8 @@ def _kernel(products: Tensor, channels: int) -> Tensor:
 
 
 def _kernel_sum(x: Tensor, y: Tensor, block: int) -> float:
-    return sum(
-        float(_kernel(rows @ others.T, x.shape[1]).sum())
-        for rows in x.split(block)
-        for others in y.split(block)
-    )
+    blocks = [(rows, others) for rows in x.split(block) for others in y.split(block)]
+    return sum((float(_kernel(rows @ others.T, x.shape[1]).sum()) for rows, others in blocks), 0.0)
 
 
 def check_features(name: str, features: Tensor, channels: int) -> None:

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from diff2to3.errors import InputError
 from diff2to3.pipeline.cutout import shrunk
@@ -93,7 +93,7 @@ def unreadable(path: Path, error: Exception) -> InputError:
     if isinstance(error, OSError) and error.errno is not None:
         return InputError(f"{path}: cannot be read: {error.strerror or error}")
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         reason = "no kind of picture that is known"
         kind = ".heic" if is_heic(path) else path.suffix.lower()
         hints = [hint for endings, hint in OTHER_KINDS.items() if kind in endings]

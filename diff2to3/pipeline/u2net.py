@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from diff2to3.checkpoint import load_strictly, read_tensors
+from diff2to3.checkpoint import load_strictly
+from diff2to3.tensors import read_tensors
 
 #: Where the weights are.
 FOLDER = Path(__file__).resolve().parents[1] / "bundles" / "u2netp"

@@ -24,6 +24,9 @@ _SLIVER = 1e-10
 
 MAX_RESOLUTION = 256
 
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
 
 def voxelise(triangles: NDArray[np.floating], resolution: int) -> NDArray[np.int32]:
     """Cells that the surface crosses, sorted by (x, y, z).
@@ -121,7 +124,7 @@ def _chunks(counts: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDAr
         first = stop
 
 
-def _edge_bounds(corners: NDArray[np.float64], a: int, b: int) -> tuple[NDArray, NDArray, NDArray]:
+def _edge_bounds(corners: NDArray[np.float64], a: int, b: int) -> tuple[Floats, Floats, Floats]:
     """For the three edges seen in the plane (a, b): normals [F, 3, 2] and the interval [F, 3] in which
     normal · cell must lie for the unit cell with that lower corner to overlap the triangle along the
     normal."""
@@ -136,7 +139,7 @@ def _edge_bounds(corners: NDArray[np.float64], a: int, b: int) -> tuple[NDArray,
 
 
 def _inside(
-    bounds: tuple[NDArray, NDArray, NDArray], faces: NDArray[np.int64], a: NDArray, b: NDArray
+    bounds: tuple[Floats, Floats, Floats], faces: NDArray[np.int64], a: Integers, b: Integers
 ) -> NDArray[np.bool_]:
     """Whether the unit squares with lower corners (a, b) overlap their triangles along all three edge
     normals."""
@@ -165,7 +168,7 @@ class _Planes:
         self.top = np.floor(corners[:, :, 2].max(1)).astype(np.int64)
         self.degenerate = degenerate
 
-    def depth_range(self, faces: NDArray, u: NDArray, v: NDArray) -> tuple[NDArray, NDArray]:
+    def depth_range(self, faces: Integers, u: Integers, v: Integers) -> tuple[Integers, Integers]:
         """First and last w of the cells over column (u, v) that the plane can cross, one cell generous."""
         su, sv = self.slopes[faces, 0], self.slopes[faces, 1]
         base = self.at_origin[faces] + su * u + sv * v
@@ -174,7 +177,7 @@ class _Planes:
         flat = self.degenerate[faces]
         return np.where(flat, self.bottom[faces], start), np.where(flat, self.top[faces], stop)
 
-    def crosses(self, faces: NDArray, u: NDArray, v: NDArray, w: NDArray) -> NDArray[np.bool_]:
+    def crosses(self, faces: Integers, u: Integers, v: Integers, w: Integers) -> NDArray[np.bool_]:
         """Whether the plane meets the closed unit cells with lower corners (u, v, w)."""
         n = self.normals[faces]
         offset = n[:, 0] * u + n[:, 1] * v + n[:, 2] * w
