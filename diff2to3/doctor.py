@@ -80,7 +80,7 @@ PACKAGES = (
     Package("scipy", "nearest neighbours", extra("data")),
     Package("objaverse", "Objaverse-XL downloads", extra("data")),
     Package("DracoPy", "compressed glTF", extra("data")),
-    Package("meshoptimizer", "compressed glTF", extra("data")),
+    Package("meshoptimizer", "meshopt-compressed glTF, compiled on installation", extra("meshopt")),
     Package("pi_heif", "HEIC photos", extra("photos"), ("pi-heif",)),
     Package("zstandard", "version 4 of .spz files", extra("spz")),
     Package("fast_simplification", "simpler meshes", extra("mesh"), ("fast-simplification",)),

@@ -36,7 +36,7 @@ def decode_meshopt(data: bytes, spec: dict[str, Any]) -> np.ndarray:
     try:
         import meshoptimizer
     except ImportError:
-        raise MissingDependencyError("meshoptimizer (this file is meshopt-compressed)", "data") from None
+        raise MissingDependencyError("meshoptimizer (this file is meshopt-compressed)", "meshopt") from None
     count, stride, mode = int(spec["count"]), int(spec["byteStride"]), spec["mode"]
     if mode not in ("ATTRIBUTES", "TRIANGLES", "INDICES") or (mode != "ATTRIBUTES" and stride not in (2, 4)):
         raise InputError(f"meshopt mode {mode!r} with stride {stride} is not part of the extension")

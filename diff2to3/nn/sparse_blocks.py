@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diff2to3.kernels.neighbors import NeighborPlan
-from diff2to3.kernels.patchify import PatchPlan, patchify, unpatchify
 from diff2to3.nn.items import spread_by_item
 from diff2to3.nn.sparse_conv import SubmanifoldConv3d
+from diff2to3.nn.sparse_patchify import PatchPlan, SparseDownsample, SparseUpsample
 from diff2to3.nn.transformer import LayerNorm, modulate
 
 
@@ -46,7 +46,9 @@ class SparseResBlock(nn.Module):
         super().__init__()
         if resample not in (None, "down", "up"):
             raise ValueError(f"resample: expected None, 'down' or 'up', got {resample!r}")
-        self.resample, self.reduce = resample, reduce
+        self.resample = resample
+        if resample is not None:
+            self.resampler = SparseDownsample(reduce) if resample == "down" else SparseUpsample()
         modulated = time_width is not None
         self.norm1 = LayerNorm(channels, eps=1e-6)
         self.norm2 = LayerNorm(out_channels, elementwise_affine=not modulated, eps=1e-6)
@@ -77,7 +79,7 @@ class SparseResBlock(nn.Module):
         if self.resample is not None:
             if patches is None:
                 raise ValueError(f"patches: a block with resample={self.resample!r} needs a plan")
-            x = patchify(x, patches, self.reduce) if self.resample == "down" else unpatchify(x, patches)
+            x = self.resampler(x, patches)
         h = self.conv1(F.silu(self.norm1(x)), neighbors)
         h = self.norm2(h)
         if self.emb_layers is not None:

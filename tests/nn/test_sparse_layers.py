@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from diff2to3.errors import MissingDependencyError
+from diff2to3.flow.config import LatentSMDiTConfig
+from diff2to3.flow.smdit import LatentSMDiT
 from diff2to3.kernels.sparse_conv import submanifold_conv
 from diff2to3.nn.sparse_conv import PatchConv3d, SubmanifoldConv3d, UnpatchConv3d, neighbor_plan
 from diff2to3.nn.sparse_patchify import SparseDownsample, SparseUpsample, patch_plan, patch_voxels
@@ -53,6 +55,17 @@ def test_layers_go_down_and_up_again(voxels: SparseVoxels) -> None:
     pooled = SparseDownsample("sum")(voxels.feats, patches)
     assert pooled.shape == (patches.num_patches, 6)
     assert SparseUpsample()(pooled, patches).shape == (len(voxels), 6)
+
+
+def test_models_change_resolution_with_these_layers() -> None:
+    """Both on the way to SMDiT's tokens and back; they add nothing to the parameters' names."""
+    network = LatentSMDiT(
+        LatentSMDiTConfig(width=24, num_heads=2, num_double=1, num_single=1, io_channels=[8])
+    )
+    down = [m.reduce for m in network.input_blocks.modules() if isinstance(m, SparseDownsample)]
+    up = [m for m in network.out_blocks.modules() if isinstance(m, SparseUpsample)]
+    assert down == ["mean"] and len(up) == 1
+    assert not any("resampler" in name for name in network.state_dict())
 
 
 def test_patches_as_voxels(voxels: SparseVoxels) -> None:
