@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--assets", nargs="+", required=True, help="folders, zips or catalogues of 3D files")
     parser.add_argument("--split", help="assets of this split alone")
     parser.add_argument("--part", choices=("choose", "report", "all"), default="all")
-    parser.add_argument("--limit", type=int, help="so many assets at most")
+    parser.add_argument("--limit", type=int, help="evaluate at most this many assets")
     parser.add_argument("--model", default="mini-photo", help="an embedded model, a bundle, or a repository")
     parser.add_argument("--out", type=Path, required=True, help="a .json file")
     parser.add_argument("--seed", type=int, default=0)

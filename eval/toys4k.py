@@ -65,7 +65,7 @@ def draw(args: argparse.Namespace) -> int:
         raise InputError("draw: expected one of --assets and --list")
     known = listed(args.list) if args.list else list(MeshSource((args.assets,), args.split).names().values())
     names = draw_ids(known, args.count, args.seed)
-    print(f"# {len(names)} of {len(known)} names: those whose sha256 of '{args.seed}:NAME' is least")
+    print(f"# {len(names)} of {len(known)} names: the names with the smallest sha256 of '{args.seed}:NAME'")
     print("\n".join(names))
     return 0
 

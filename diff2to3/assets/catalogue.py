@@ -77,7 +77,7 @@ class AssetFilter:
     splits         names of splits
     min_faces, max_faces   triangles; an asset whose number is not known passes (limits apply when it is
     loaded) min_aesthetic  least aesthetic score; an asset without a score does not pass
-    limit          the first so many of what is left
+    limit          keep at most this many of the remaining records
     """
 
     ids: Sequence[str] | None = None

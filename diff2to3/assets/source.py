@@ -128,7 +128,7 @@ class FilesBeside:
         return os.path.isfile(os.path.join(self.source.container, member))
 
     def _below(self, folder: str) -> Iterator[str]:
-        """Members in ``folder`` and below, at most so many."""
+        """Members in ``folder`` and below. A folder is listed no further once ``_MAX_LISTED`` entries were seen."""
         if self.source.is_zipped:
             prefix = f"{folder}/" if folder else ""
             yield from (n for n in open_zip(self.source.container).namelist() if n.startswith(prefix))

@@ -79,7 +79,7 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-faces", type=int, metavar="N")
     parser.add_argument("--min-aesthetic", type=float, metavar="S", help="aesthetic score, where known")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first so many")
+    parser.add_argument("--limit", type=int, metavar="N", help="keep only the first N records")
 
 
 def _select(args: argparse.Namespace) -> tuple[Catalogue, list[AssetRecord]]:

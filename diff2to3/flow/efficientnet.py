@@ -39,7 +39,7 @@ EPSILON = 1e-3
 class EfficientNetConfig:
     """Sizes of :class:`EfficientNetLite`.
 
-    num_blocks  the first so many of the sixteen
+    num_blocks  number of blocks to keep, counted from the first of the sixteen
     pool        side of the squares of the last block's map that are averaged
     """
 

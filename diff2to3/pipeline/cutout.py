@@ -41,7 +41,7 @@ RECTANGLE, FILLS = 0.94, 0.85
 
 @dataclass(frozen=True)
 class CutOut:
-    """The object on transparency (RGBA), how it was found, and what looks wrong, a line each."""
+    """The object on transparency (RGBA), how it was found, and one warning per problem."""
 
     image: Image.Image
     method: str
