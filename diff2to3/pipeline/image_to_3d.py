@@ -24,15 +24,12 @@ from diff2to3.hub import Source
 from diff2to3.pipeline.object_frame import ObjectStages
 from diff2to3.pipeline.parts import Parts, PhotoParts
 from diff2to3.pipeline.photo_files import open_photo
-from diff2to3.pipeline.photo_frame import PhotoStages, fitted
+from diff2to3.pipeline.photo_frame import PhotoStages
 from diff2to3.pipeline.photos import Photo, as_it_is, frame_cut_out, frame_like_trellis, prepare
 from diff2to3.pipeline.prune import without_hidden
-from diff2to3.pipeline.refine import Refined
 from diff2to3.pipeline.result import Result
 from diff2to3.pipeline.share import Shareable
 from diff2to3.pipeline.stages import Stages
-from diff2to3.types import Gaussians
-from diff2to3.views.photo_frame import PhotoCamera
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -179,10 +176,7 @@ class ImageTo3D(Shareable):
         gaussians = [clone(g) for g in gaussians]
         cameras = self.stages.cameras(seen)
         if steps:
-            fits = zip(gaussians, photos, cameras, strict=True)
-            gaussians, cameras = refined(
-                [fitted(g, own[0], camera, steps) for g, own, camera in fits if camera]
-            )
+            gaussians, cameras = self.stages.refined(gaussians, seen, steps)
             clock.lap("refine")
         active = coords[:, 1:].split(torch.bincount(coords[:, 0], minlength=len(seeds)).tolist())
         made = zip(gaussians, latents.unbind(), active, seeds, photos, cameras, strict=True)
@@ -221,11 +215,6 @@ class ImageTo3D(Shareable):
             else:
                 ready.append(Photo(as_it_is(image, size, background), cut_out=image.convert("RGBA")))
         return tuple(ready)
-
-
-def refined(fits: Sequence[Refined]) -> tuple[list[Gaussians], list[PhotoCamera | None]]:
-    """What the fits to the photos found."""
-    return [fit.gaussians for fit in fits], [fit.camera for fit in fits]
 
 
 def clone(container: Any) -> Any:

@@ -141,3 +141,8 @@ class ObjectStages:
 
     def cameras(self, seen: SeenPrompts) -> list[PhotoCamera | None]:
         return [None] * seen.count
+
+    def refined(
+        self, gaussians: Sequence[Gaussians], seen: SeenPrompts, steps: int
+    ) -> tuple[list[Gaussians], list[PhotoCamera | None]]:
+        raise InputError("refine: this model does not say where the photo was taken from; give 0")

@@ -43,12 +43,14 @@ from diff2to3.voxels.silhouette import fit_silhouette
 class SeenPhoto:
     """One photo as both stages see it.
 
+    crop        of the object: premultiplied colour and alpha [4, 256, 256]
     rgb, alpha  of the crop at a quarter of its side: [64, 64, 3] not premultiplied, [64, 64]
     maps, features  of stage 1, a batch of one
     lifted_maps     [C, 32, 32] twice: what stage 2 looks up at its voxels
     tokens          [1, C, 16, 16]: the image latents of stage 2
     """
 
+    crop: Tensor
     rgb: Tensor
     alpha: Tensor
     maps: PhotoMaps
@@ -122,6 +124,12 @@ class PhotoStages:
     def cameras(self, seen: Sequence[SeenPhoto]) -> list[PhotoCamera | None]:
         return [photo.camera for photo in seen]
 
+    def refined(
+        self, gaussians: Sequence[Gaussians], seen: Sequence[SeenPhoto], steps: int
+    ) -> tuple[list[Gaussians], list[PhotoCamera | None]]:
+        fits = [fitted(own, photo, steps) for own, photo in zip(gaussians, seen, strict=True)]
+        return [fit.gaussians for fit in fits], [fit.camera for fit in fits]
+
     # ---- one object ----
 
     def look(self, photo: Photo) -> SeenPhoto:
@@ -143,7 +151,7 @@ class PhotoStages:
         camera = PhotoCamera(math.degrees(float(features.elevations()[0])), float(features.focals()[0]))
         tokens = torch.cat([F.pixel_unshuffle(latents, 2), statistics.coarse(coarse)], 1)
         lifted = (latents[0], statistics.fine(fine)[0])
-        return SeenPhoto(straight(rgba[0]), rgba[0, 3], maps, features, lifted, tokens, camera)
+        return SeenPhoto(crop, straight(rgba[0]), rgba[0, 3], maps, features, lifted, tokens, camera)
 
     def logits(
         self,
@@ -204,10 +212,10 @@ def straight(crop: Tensor) -> Tensor:
     return (crop[:3] / crop[3:].clamp(min=1 / 255)).clamp(0, 1).permute(1, 2, 0)
 
 
-def fitted(gaussians: Gaussians, photo: Photo, camera: PhotoCamera, steps: int) -> Refined:
+def fitted(gaussians: Gaussians, photo: SeenPhoto, steps: int) -> Refined:
     """An object fitted to its photo at its camera (:func:`diff2to3.pipeline.refine.refine`)."""
-    crop = crop_of(photo, SIZE)
-    return refine(gaussians, straight(crop), crop[3], camera, RefineConfig(steps=steps))
+    config = RefineConfig(steps=steps)
+    return refine(gaussians, straight(photo.crop), photo.crop[3], photo.camera, config)
 
 
 def occupancy_velocity(flow: OccupancyFlow, lifted: LiftedPhoto) -> Velocity:

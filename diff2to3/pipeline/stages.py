@@ -64,6 +64,16 @@ class Stages(Protocol):
         """Of each object's photo; None in a frame where it is not known."""
         ...
 
+    def refined(
+        self, gaussians: Sequence[Gaussians], seen: Any, steps: int
+    ) -> tuple[list[Gaussians], list[PhotoCamera | None]]:
+        """Each object fitted to its photo in ``steps`` steps, and the cameras that were found.
+
+        Raises:
+            InputError: a frame where the photo's camera is not known.
+        """
+        ...
+
     def all_networks(self) -> list[nn.Module]:
         """Those that are moved to the device."""
         ...

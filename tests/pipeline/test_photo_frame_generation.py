@@ -14,8 +14,10 @@ from diff2to3.checkpoint import MODEL_FILE
 from diff2to3.commands import generate
 from diff2to3.errors import InputError
 from diff2to3.gaussians.render import render
+from diff2to3.pipeline import photo_frame
 from diff2to3.pipeline.camera_file import read_camera
 from diff2to3.pipeline.image_to_3d import ImageTo3D
+from diff2to3.pipeline.photo_frame import crop_of
 
 RESOLUTION = 16
 
@@ -89,6 +91,18 @@ def test_fitting_to_the_photo_comes_closer_to_it(model, tiny):
 
     assert error(fit) < 0.8 * error(plain)
     assert "refine" in fit.seconds and "refine" not in plain.seconds
+
+
+def test_the_fit_takes_the_crop_that_the_stages_saw(model, tiny, monkeypatch):
+    crops = []
+
+    def counted(photo, size):
+        crops.append(crop_of(photo, size))
+        return crops[-1]
+
+    monkeypatch.setattr(photo_frame, "crop_of", counted)
+    assert "refine" in model(tiny.photo(), seed=3, refine=2).seconds
+    assert len(crops) == 1
 
 
 def test_guidance_and_steps_are_heeded(model, tiny):
